@@ -1,0 +1,329 @@
+"""The model: GPT-2 by default, today's variants by a few options, each resolved once when the model is built.
+
+Letters in shapes: B batch, T time (tokens), C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary.
+With default options parameter names and shapes are nanoGPT's, so either program reads the other's checkpoints.
+"""
+import math
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.utils.checkpoint
+
+CHOICES = {'pos': ('learned', 'rope'), 'norm': ('layernorm', 'rmsnorm'), 'mlp': ('gelu', 'relu2', 'swiglu')}
+NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
+GPT2_SIZES = {
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768),  # 124M
+    'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+@dataclass
+class GPTConfig:
+    block_size: int = 1024  # T at most: the context
+    vocab_size: int = 50304  # V: GPT-2's 50257, rounded up to a multiple of 64 for speed
+    n_layer: int = 12
+    n_head: int = 12
+    n_embd: int = 768
+    dropout: float = 0.0
+    bias: bool = True  # in Linear and LayerNorm, as GPT-2 has them
+    pos: str = 'learned'  # learned | rope
+    norm: str = 'layernorm'  # layernorm | rmsnorm (without gain; its models start with silent output projections)
+    mlp: str = 'gelu'  # gelu | relu2 | swiglu
+    qk_norm: bool = False
+    tie_weights: bool = True  # one matrix embeds tokens and scores them
+    softcap: float = 0.0  # logits stay within +-softcap; 0 off
+
+    def problems(self):
+        """Return what is wrong with these values, a line each; an empty list when a model can be built."""
+        found = [f'{name} must be at least 1, got {getattr(self, name)}'
+                 for name in ('block_size', 'vocab_size', 'n_layer', 'n_head', 'n_embd') if getattr(self, name) < 1]
+        if not found and self.n_embd % self.n_head:
+            found.append(f'n_embd={self.n_embd} is not divisible by n_head={self.n_head}')
+        elif not found and self.pos == 'rope' and self.n_embd // self.n_head % 2:
+            found.append(f'pos=rope turns pairs: n_embd / n_head must be even, got {self.n_embd // self.n_head}')
+        if not 0 <= self.dropout < 1:
+            found.append(f'dropout must be at least 0 and below 1, got {self.dropout}')
+        if self.softcap < 0:
+            found.append(f'softcap must be 0 (off) or more, got {self.softcap}')
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                found.append(f'{name} must be one of {", ".join(choices)}; got {getattr(self, name)!r}')
+        return found
+
+    def model_args(self):
+        """Return what a checkpoint stores: nanoGPT's seven keys, and an option only where it is not the default."""
+        values, default = asdict(self), asdict(GPTConfig())
+        return {k: v for k, v in values.items() if k in NANOGPT_ARGS or v != default[k]}
+
+
+class Linear(nn.Linear):
+    """nn.Linear that leaves its weights to GPT's own initialisation, so that none is drawn twice or in vain."""
+
+    def reset_parameters(self):
+        pass
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding that leaves its weights to GPT's own initialisation."""
+
+    def reset_parameters(self):
+        pass
+
+
+class LayerNorm(nn.Module):
+    """Layer normalisation whose bias may be left out, which nn.LayerNorm(bias=False) names otherwise."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
+        self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
+
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) without a gain (Zhang and Sennrich 2019, arXiv:1910.07467): the next matrix can learn one."""
+
+    def forward(self, x):
+        return F.rms_norm(x, x.shape[-1:])
+
+
+def make_norm(config):
+    return RMSNorm() if config.norm == 'rmsnorm' else LayerNorm(config)
+
+
+class KVCache:
+    """Keys and values of the tokens a model has read, so that each is computed once.
+
+    The model writes the new tokens behind `pos`, then moves `pos`; nobody else does, except to start over with
+    `pos = 0`. Holds 2 * n_layer * B * n_embd * block_size numbers.
+    """
+
+    def __init__(self, config, batch_size, device, dtype):
+        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k = torch.zeros(shape, device=device, dtype=dtype)
+        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        self.pos = 0
+
+    def extend(self, layer, k, v):
+        """Store k and v (B, nh, T, hs) of one layer behind `pos`; return all of that layer so far (B, nh, pos + T, hs)."""
+        end = self.pos + k.size(2)
+        self.k[layer, :, :, self.pos:end] = k
+        self.v[layer, :, :, self.pos:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+
+def rope_table(block_size, hs):
+    """Return (2, block_size, hs / 2): cos and sin of each position's angles (Su et al. 2021, arXiv:2104.09864)."""
+    angle = torch.outer(torch.arange(block_size).float(), 10000.0 ** (-torch.arange(0, hs, 2).float() / hs))
+    return torch.stack([angle.cos(), angle.sin()])
+
+
+def rotate(x, rope):
+    """Turn the two halves of each head of x (B, nh, T, hs) by the angles in rope (2, T, hs / 2)."""
+    cos, sin = rope.to(x.dtype)
+    a, b = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2) each
+    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+
+
+class CausalSelfAttention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.resid_dropout = nn.Dropout(config.dropout)
+        self.qk_norm = RMSNorm() if config.qk_norm else None
+
+    def forward(self, x, rope=None, cache=None):
+        B, T, C = x.size()
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, nh, T, hs) each
+        if self.qk_norm is not None:
+            q, k = self.qk_norm(q), self.qk_norm(k)
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        mask = None
+        if cache is not None:
+            k, v = cache.extend(self.layer, k, v)  # (B, nh, pos + T, hs)
+            if T > 1 and cache.pos > 0:  # is_causal aligns to the upper left, so here the mask is spelt out
+                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.pos)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                           dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = y.transpose(1, 2).reshape(B, T, C)
+        return self.resid_dropout(self.c_proj(y))
+
+
+def relu2(x):
+    """ReLU squared (So et al. 2021, arXiv:2109.08668)."""
+    return F.relu(x).square()
+
+
+class MLP(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
+        self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.act = F.gelu if config.mlp == 'gelu' else relu2
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        return self.dropout(self.c_proj(self.act(self.c_fc(x))))
+
+
+class SwiGLU(nn.Module):
+    """A gated MLP (Shazeer 2020, arXiv:2002.05202), 8/3 as wide inside so that it costs what MLP costs."""
+
+    def __init__(self, config):
+        super().__init__()
+        hidden = -(-8 * config.n_embd // 3 // 8) * 8  # a multiple of 8, which the hardware likes
+        self.c_fc = Linear(config.n_embd, 2 * hidden, bias=config.bias)
+        self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x):
+        gate, value = self.c_fc(x).chunk(2, dim=-1)  # (B, T, hidden) each
+        return self.dropout(self.c_proj(F.silu(gate) * value))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config, layer)
+        self.ln_2 = make_norm(config)
+        self.mlp = SwiGLU(config) if config.mlp == 'swiglu' else MLP(config)
+
+    def forward(self, x, rope=None, cache=None):
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """The language model. `init=False` leaves the weights undefined, for a caller who fills them all."""
+
+    def __init__(self, config, init=True):
+        super().__init__()
+        if config.problems():
+            raise ValueError('; '.join(config.problems()))
+        self.config = config
+        self.checkpoint_activations = False  # recompute each block in the backward pass instead of keeping it
+        self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
+        if config.pos == 'learned':
+            self.transformer['wpe'] = Embedding(config.block_size, config.n_embd)
+        self.transformer['drop'] = nn.Dropout(config.dropout)
+        self.transformer['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
+        self.transformer['ln_f'] = make_norm(config)
+        self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_weights:
+            self.lm_head.weight = self.transformer.wte.weight
+        rope = rope_table(config.block_size, config.n_embd // config.n_head) if config.pos == 'rope' else None
+        self.register_buffer('rope', rope, persistent=False)
+        if init:
+            self._init_weights()
+
+    @torch.no_grad()
+    def _init_weights(self):
+        """GPT-2's: normal with std 0.02, the 2 n_layer projections that write to the residual stream scaled down.
+
+        Models with RMSNorm start these projections, and an untied head, at zero: each block begins as the identity
+        (modded-nanogpt's record 5 and 8).
+        """
+        modern = self.config.norm == 'rmsnorm'
+        for name, p in self.named_parameters():
+            if name.endswith('bias'):
+                nn.init.zeros_(p)
+            elif name.endswith('c_proj.weight'):
+                nn.init.normal_(p, std=0.0 if modern else 0.02 / math.sqrt(2 * self.config.n_layer))
+            elif name == 'lm_head.weight' and modern:
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def forward(self, idx, targets=None, cache=None):
+        """Score the next token at every position of idx.
+
+        idx: (B, T) token ids. targets: (B, T) the ids to predict, -1 where none counts. cache: a KVCache holding
+        what came before idx; it grows by T. Returns (logits, loss): with targets all logits (B, T, V) and their mean
+        cross-entropy in nats, else the last position's logits (B, 1, V) and None. ValueError past block_size.
+        """
+        T, start = idx.size(1), cache.pos if cache is not None else 0
+        if start + T > self.config.block_size:
+            raise ValueError(f'{start + T} tokens do not fit block_size={self.config.block_size}')
+        x = self.transformer.wte(idx)  # (B, T, C)
+        rope = None
+        if self.rope is not None:
+            rope = self.rope[:, start:start + T]
+        else:
+            x = x + self.transformer.wpe.weight[start:start + T]
+        x = self.transformer.drop(x)
+        for block in self.transformer.h:
+            if self.checkpoint_activations and self.training:
+                x = torch.utils.checkpoint.checkpoint(block, x, rope, use_reentrant=False)
+            else:
+                x = block(x, rope, cache)
+        x = self.transformer.ln_f(x)
+        if cache is not None:
+            cache.pos += T
+        if targets is None:
+            return self._head(x[:, -1:]), None
+        logits = self._head(x)
+        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
+        return logits, loss
+
+    def _head(self, x):
+        logits, cap = self.lm_head(x), self.config.softcap
+        return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+    def num_params(self, without_positions=True):
+        """Return how many parameters there are; nanoGPT's count leaves the position table out."""
+        count = sum(p.numel() for p in self.parameters())
+        if without_positions and self.config.pos == 'learned':
+            count -= self.transformer.wpe.weight.numel()
+        return count
+
+    def flops_per_token(self):
+        """Return the FLOPs of one token's forward and backward pass at full context.
+
+        6 N + 12 L C T (PaLM, arXiv:2204.02311, appendix B): N the parameters that multiply, so no position table and
+        no embedding beside an untied head; 12 L C T the two attention products, counted without the causal half.
+        """
+        c = self.config
+        table = 0 if c.tie_weights else self.transformer.wte.weight.numel()
+        return 6 * (self.num_params() - table) + 12 * c.n_layer * c.n_embd * c.block_size
+
+    def mfu(self, tokens_per_second, peak_flops):
+        """Return the share of `peak_flops` (FLOP/s of the device in the dtype used) that training puts to use."""
+        return self.flops_per_token() * tokens_per_second / peak_flops
+
+    def crop_block_size(self, block_size):
+        """Shorten the context, for instance of GPT-2's 1024 tokens, to `block_size`; ValueError if it would grow."""
+        if block_size > self.config.block_size:
+            raise ValueError(f'block_size={block_size} but the model has {self.config.block_size} positions')
+        self.config.block_size = block_size
+        if self.config.pos == 'rope':
+            self.rope = self.rope[:, :block_size]
+        else:
+            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
+            self.transformer.wpe.num_embeddings = block_size
+
+    def param_groups(self, weight_decay, matrices_apart=False):
+        """Return optimizer groups: 2-D parameters decayed, then the rest not, in nanoGPT's order.
+
+        matrices_apart: the blocks' matrices come first, as a group of their own, {'matrices': True}, for Muon.
+        """
+        params = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
+        inner = [p for name, p in params if matrices_apart and p.dim() == 2 and name.startswith('transformer.h.')]
+        apart = {id(p) for p in inner}
+        decayed = [p for _, p in params if p.dim() >= 2 and id(p) not in apart]
+        plain = [p for _, p in params if p.dim() < 2]
+        groups = [dict(params=inner, weight_decay=weight_decay, matrices=True),
+                  dict(params=decayed, weight_decay=weight_decay, matrices=False),
+                  dict(params=plain, weight_decay=0.0, matrices=False)]
+        return [group for group in groups if group['params']]
