@@ -19,6 +19,17 @@ REPO = Path(__file__).resolve().parent
 BOOLS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
+class UserError(SystemExit):
+    """A user's mistake: uncaught, it ends the program with exit status 1 and this one line on stderr, no traceback.
+
+    The message names the setting or file, says what was found, and what to do.
+    """
+
+    def __init__(self, message):
+        super().__init__(f'error: {message}')
+        self.message = message
+
+
 class Settings(dict):
     """Name -> value, with the `origins` of the values (a flag, 'FILE:LINE', or 'default') and the `errors` met."""
 
