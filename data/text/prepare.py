@@ -1,0 +1,12 @@
+"""Any text of your own: files, folders, globs, JSON lines, parquet, gzip, or a dataset of the hub.
+
+    python data/text/prepare.py --input=book.txt --name=mybook --tokenizer=char
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from lib.corpus import prepare
+
+if __name__ == '__main__':
+    prepare(__file__)

@@ -1,0 +1,551 @@
+"""From any text to data/NAME/: train.bin and val.bin (raw token ids) and meta.json, in bounded memory.
+
+A data/NAME/prepare.py says what is special about its text and calls `prepare`. The text flows through as pieces
+(text, ends), where `ends` marks the last piece of a document, and is never in memory as a whole.
+"""
+import codecs
+import glob
+import gzip
+import hashlib
+import json
+import os
+import re
+import signal
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections import deque
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from http.client import HTTPException
+from itertools import chain, islice
+from pathlib import Path
+
+import numpy as np
+
+from configurator import configure, describe, find_path, stop
+from lib import tokenizer as tok
+from lib.tokenizer import TextError, encoded
+
+# --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
+# Text
+input = ''  # files, folders, globs, https://... or hub:NAME#SPLIT; repeat the flag or list several
+val_input = ''  # the same for a validation text of its own ('' splits the input)
+val_fraction = 0.1  # share of the input that becomes the validation split
+text_key = 'text'  # key of the text in JSON lines and parquet; several are joined: title,content
+encoding = 'utf-8'  # of text files, for example gb18030
+# Result
+name = ''  # write to data/NAME/ of the repository ('' the script's own folder; data/text: named after the input)
+tokenizer = 'char'  # char | byte | gpt2 | bpe (trained on this text)
+vocab_size = 4096  # ids of a trained bpe
+num_proc = 0  # processes that tokenize BPE (0 one a core); the bytes do not depend on it
+# --------------------------------------------------------------------------------------------------------------------
+
+_CHUNK = 1 << 20  # characters in a piece of a long text, and in a job for a worker
+_WINDOW = 10_000  # characters at the end of a chunk among which a harmless cut is looked for
+_SAMPLE = 20_000_000  # bytes of text that a BPE is trained on, at most
+_WAIT = 1.0  # seconds before the second try of a download; doubled for the third
+KINDS = ('char', 'byte', 'gpt2', 'bpe')
+
+
+# Reading: every reader yields pieces (text, ends)
+
+def _chunks(path, codec):
+    """Yield the decoded text of a file, plain or gzip; a byte order mark at its very beginning is dropped."""
+    decoder, done = codecs.getincrementaldecoder(codec)(), 0
+    with open(path, 'rb') as raw:
+        packed = raw.read(2) == b'\x1f\x8b'
+        raw.seek(0)
+        file = gzip.open(raw) if packed else raw
+        while True:
+            try:
+                data = file.read(_CHUNK)
+                done += len(data)
+                text = decoder.decode(data, final=not data)
+            except UnicodeDecodeError as error:
+                at = done - len(error.object) + error.start
+                raise TextError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x}); '
+                                'name its encoding, for example --encoding=gb18030, or save it as UTF-8') from None
+            except (EOFError, gzip.BadGzipFile) as error:
+                raise TextError(f'{path} is a damaged gzip file: {error}') from None
+            if done == len(data):
+                text = text.removeprefix('\ufeff')
+            if text:
+                yield text
+            if not data:
+                return
+
+
+def _divide(chunks, separator):
+    """Yield what lies between separators, whatever the chunks."""
+    rest = ''
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(separator)
+        yield from whole
+    if rest:
+        yield rest
+
+
+def _document(text):
+    """Yield one document in pieces; an empty one is none."""
+    for start in range(0, len(text), _CHUNK):
+        yield text[start:start + _CHUNK], start + _CHUNK >= len(text)
+
+
+def _fields(record, keys, place):
+    """Join the text under `keys` of a JSON or parquet record; keys that are absent or null count as empty."""
+    if not any(key in record for key in keys):
+        raise TextError(f'{place}: no key {" or ".join(keys)} among {", ".join(map(str, record))}; say --text_key=...')
+    values = [record.get(key) or '' for key in keys]
+    for key, value in zip(keys, values, strict=True):
+        if not isinstance(value, str):
+            raise TextError(f'{place}: {key} holds {type(value).__name__}, expected text; say --text_key=...')
+    return '\n'.join(filter(None, values))
+
+
+def _json_lines(path, codec, keys):
+    for number, line in enumerate(_divide(_chunks(path, codec), '\n'), 1):
+        if not line.strip():
+            continue
+        try:
+            text = _fields(json.loads(line), keys, f'{path}:{number}')
+            encoded(text)
+        except json.JSONDecodeError as error:
+            raise TextError(f'{path}:{number}: not JSON ({error.msg}); expected one object a line') from None
+        except TextError as error:
+            raise error if str(error).startswith(str(path)) else TextError(f'{path}:{number}: {error}') from None
+        yield from _document(text)
+
+
+def _is_json_lines(path, codec):
+    """True where the first line holds a JSON object; a file that is called JSON but is laid out otherwise is refused."""
+    start = next(_chunks(path, codec), '').lstrip()
+    if start.startswith('{'):
+        line = next((line for line in _divide(_chunks(path, codec), '\n') if line.strip()), '')
+        try:
+            return isinstance(json.loads(line), dict)
+        except json.JSONDecodeError:
+            pass
+    if '.json' in Path(path).suffixes and start[:1] in ('{', '['):
+        raise TextError(f"{path} is JSON, but not one object a line; turn it into that, for example: jq -c '.[]' FILE")
+    return False
+
+
+def _parquet(path, keys):
+    try:
+        from pyarrow import parquet
+    except ImportError:
+        raise TextError(f'{path}: reading parquet needs the package pyarrow: pip install pyarrow') from None
+    with parquet.ParquetFile(path) as file:
+        have = [key for key in keys if key in file.schema_arrow.names]
+        if not have:
+            _fields(dict.fromkeys(file.schema_arrow.names), keys, path)  # says which keys there are
+        for batch in file.iter_batches(batch_size=1024, columns=have):
+            for record in batch.to_pylist():
+                yield from _document(_fields(record, keys, path))
+
+
+def _hub(address, keys):
+    """Stream a dataset of the Hugging Face hub, or of a local folder laid out like one: nothing is kept on disk."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise TextError(f'{address} needs the package datasets: pip install datasets') from None
+    repository, _, split = address.removeprefix('hub:').partition('#')
+    try:
+        for batch in load_dataset(repository, split=split or 'train', streaming=True).iter(batch_size=1024):
+            for values in zip(*batch.values(), strict=True):
+                yield from _document(_fields(dict(zip(batch, values, strict=True)), keys, address))
+    except TextError:
+        raise
+    except Exception as error:  # network, hub and storage libraries each have their own
+        reason = (str(error).splitlines() or [''])[0]
+        raise TextError(f'cannot read {address}: {type(error).__name__}: {reason[:200]}; nothing was changed; '
+                        'try again, or give local text, JSON lines or parquet with --input=PATH') from None
+
+
+def _read(path, settings, delimiter):
+    """Yield the pieces of one source, which is told apart by its content, not its name."""
+    keys = [key.strip() for key in settings['text_key'].split(',')]
+    if str(path).startswith('hub:'):
+        return _hub(path, keys)
+    with open(path, 'rb') as file:
+        if file.read(4) == b'PAR1':
+            return _parquet(path, keys)
+    if _is_json_lines(path, settings['encoding']):
+        return _json_lines(path, settings['encoding'], keys)
+    chunks = _chunks(path, settings['encoding'])
+    if delimiter:
+        return chain.from_iterable(_document(part.strip()) for part in _divide(chunks, delimiter))
+    return _whole(chunks)
+
+
+def _whole(chunks):
+    """Yield chunks as pieces of one document, holding one back to know the last."""
+    held = ''
+    for chunk in chunks:
+        if held:
+            yield held, False
+        held = chunk
+    if held:
+        yield held, True
+
+
+def _find(words, folder):
+    """Return the files that `words` name: addresses are downloaded, folders walked, globs expanded, all in order."""
+    paths = []
+    for word in words:
+        if word.startswith('hub:'):
+            paths.append(word)
+        elif '://' in word:
+            paths.append(download(word, folder / 'input.txt'))
+        else:
+            path = find_path(word)
+            if path.is_dir():
+                inside = sorted(path.rglob('*'), key=lambda p: p.as_posix())
+                found = [p for p in inside if p.is_file() and not any(
+                    part.startswith('.') for part in p.relative_to(path).parts)]
+            else:
+                found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+            if not found:
+                raise TextError(f'--input={word}: no such file' if not path.is_dir() else f'--input={word}: no files in it')
+            paths += found
+    return paths
+
+
+def download(url, path):
+    """Fetch `url` to `path` in three tries; a failure leaves nothing behind and raises TextError with the ways out."""
+    temp = Path(f'{path}.tmp')
+    temp.parent.mkdir(parents=True, exist_ok=True)
+    for wait in (_WAIT, 2 * _WAIT, None):
+        try:
+            request = urllib.request.Request(url, headers={'User-Agent': 'minuteGPT'})
+            with urllib.request.urlopen(request, timeout=30) as reply, open(temp, 'wb') as file:
+                size = 0
+                while data := reply.read(_CHUNK):
+                    if not size and (data.lstrip()[:15].lower().startswith((b'<!doctype html', b'<html'))):
+                        raise HTTPException('a web page instead of the text')
+                    size += file.write(data)
+                expected = int(reply.headers.get('Content-Length') or size)
+                if not 0 < size == expected:
+                    raise HTTPException(f'{size:,} of {expected:,} bytes')
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temp, path)
+            return path
+        except (OSError, HTTPException) as error:
+            reason = f'{error.code} {error.reason}' if isinstance(error, urllib.error.HTTPError) else str(error)
+        finally:
+            temp.unlink(missing_ok=True)
+        if wait is not None and not reason.startswith('4'):  # 404 and its like will not change
+            time.sleep(wait)
+        elif reason.startswith('4'):
+            break
+    raise TextError(f'download failed: {reason} from {url}; put the text at {path}, or name a copy with --input=PATH; '
+                    'python data/python_char/prepare.py needs no download')
+
+
+# From pieces to splits and jobs
+
+def _survey(pieces):
+    """Return (characters, documents, distinct characters, an even sample of the text) in one pass."""
+    n_chars = n_docs = count = size = 0
+    seen, sample, every = np.zeros(0x110000, bool), [], 1
+    for text, ends in pieces:
+        seen[np.frombuffer(encoded(text, 'utf-32-le'), '<u4')] = True
+        n_chars += len(text)
+        n_docs += ends
+        for start in range(0, len(text), 1 << 16):
+            if count % every == 0:
+                sample.append(text[start:start + (1 << 16)])
+                size += len(encoded(sample[-1]))
+            count += 1
+            if size > _SAMPLE:  # keep every second and go on at that pace, so that the sample stays even
+                sample, every = sample[::2], 2 * every
+                size = sum(len(encoded(part)) for part in sample)
+    return n_chars, n_docs, ''.join(map(chr, np.flatnonzero(seen))), sample
+
+
+def _by_document(pieces, fraction):
+    """Spread validation documents evenly: at a fraction of 0.1 every tenth one."""
+    number = 0
+    for text, ends in pieces:
+        yield 'val' if int((number + 1) * fraction) > int(number * fraction) else 'train', text, ends
+        number += ends
+
+
+def _by_position(pieces, n_train):
+    """The first `n_train` characters train, the rest validates."""
+    for text, ends in pieces:
+        room = min(n_train, len(text))
+        n_train -= room
+        if room:
+            yield 'train', text[:room], ends and room == len(text)
+        if room < len(text):
+            yield 'val', text[room:], ends
+
+
+def _jobs(stream, cut):
+    """Gather (split, text, ends) into jobs (split, pieces) of about a chunk, cutting only where ids do not change."""
+    rest, job, size = {'train': '', 'val': ''}, {'train': [], 'val': []}, {'train': 0, 'val': 0}
+    for split, text, ends in stream:
+        text = rest[split] + text
+        rest[split] = ''
+        if not ends:
+            at = cut(text, max(1, len(text) - _WINDOW))
+            if at < 0:  # no place to cut: wait for more
+                rest[split] = text
+                continue
+            text, rest[split] = text[:at], text[at:]
+        job[split].append((text, ends))
+        size[split] += len(text)
+        if size[split] >= _CHUNK:
+            yield split, job[split]
+            job[split], size[split] = [], 0
+    for split, pieces in job.items():
+        if pieces or rest[split]:
+            yield split, pieces + [(rest[split], False)]
+
+
+# Tokenizing and writing
+
+_worker = None  # the tokenizer of a worker process
+
+
+def _start_worker(spec):
+    global _worker
+    _worker = tok.from_spec(spec)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+
+
+def _work(split, pieces, coder=None):
+    """Return (split, ids, characters, bytes) of a job."""
+    n_bytes = sum(len(encoded(text)) for text, _ in pieces)
+    return split, (coder or _worker).pack(pieces), sum(len(text) for text, _ in pieces), n_bytes
+
+
+def _cores():
+    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
+
+
+def _tokenize(jobs, coder, processes):
+    """Yield the results of the jobs in their order, with at most a few of them in flight."""
+    head = list(islice(jobs, 4))
+    if processes < 2 or len(head) < 4 or coder.kind in ('char', 'byte'):  # a look-up is faster than sending the text
+        for split, pieces in chain(head, jobs):
+            yield _work(split, pieces, coder)
+        return
+    pool = ProcessPoolExecutor(processes, initializer=_start_worker, initargs=(coder.spec,))
+    try:
+        pending = deque()
+        for job in chain(head, jobs):
+            pending.append(pool.submit(_work, *job))
+            if len(pending) > 2 * processes:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    except BrokenProcessPool:
+        raise TextError('a worker process died (out of memory?); nothing was changed; try --num_proc=1') from None
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+class _SplitFile:
+    """One growing .bin file under a temporary name, with what meta.json tells of it."""
+
+    def __init__(self, path):
+        self.temp, self.hash = Path(f'{path}.tmp'), hashlib.sha256()
+        self.n_tokens, self.n_bytes, self.max_id = 0, 0, 0
+        self.file = open(self.temp, 'wb')
+
+    def add(self, ids, n_bytes):
+        if ids.size:
+            self.max_id = max(self.max_id, int(ids.max()))
+        self.file.write(ids)
+        self.hash.update(ids)
+        self.n_tokens, self.n_bytes = self.n_tokens + ids.size, self.n_bytes + n_bytes
+
+    def finish(self):
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {'n_tokens': self.n_tokens, 'n_bytes': self.n_bytes, 'max_id': self.max_id,
+                'sha256': self.hash.hexdigest()}
+
+
+def write(folder, coder, results):
+    """Write `results` (see `_work`) to `folder` as train.bin, val.bin and meta.json; all of it or nothing.
+
+    Returns (meta, characters). A folder in which a renaming was interrupted holds the file UNFINISHED.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    temp_meta, n_chars, files = folder / 'meta.json.tmp', 0, {}
+    try:
+        for split in ('train', 'val'):
+            files[split] = _SplitFile(folder / f'{split}.bin')
+        for split, ids, chars, n_bytes in results:
+            files[split].add(ids, n_bytes)
+            n_chars += chars
+        meta = {'format': 1, 'tokenizer': coder.spec, 'vocab_size': coder.vocab_size,
+                'dtype': 'uint16' if coder.dtype == '<u2' else 'uint32',
+                'splits': {split: file.finish() for split, file in files.items()}}
+        for split, facts in meta['splits'].items():
+            if not facts['n_tokens']:
+                raise TextError(f'the {split} split is empty: {n_chars:,} characters are too few to divide; '
+                                'give more text, or change --val_fraction')
+            assert facts['max_id'] < coder.vocab_size, (facts, coder.vocab_size)
+        with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
+            json.dump(meta, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished = folder / 'UNFINISHED'
+        unfinished.touch()
+        for split, file in files.items():
+            os.replace(file.temp, folder / f'{split}.bin')
+        os.replace(temp_meta, folder / 'meta.json')
+        unfinished.unlink()
+    finally:
+        for file in files.values():
+            file.file.close()
+            file.temp.unlink(missing_ok=True)
+        temp_meta.unlink(missing_ok=True)
+    return meta, n_chars
+
+
+def _check(settings):
+    """Return what is wrong with the settings of a prepare script."""
+    problems = []
+    if settings['tokenizer'] not in KINDS:
+        problems.append(f"tokenizer={settings['tokenizer']}: expected one of {', '.join(KINDS)}")
+    if not 0 < settings['val_fraction'] < 1:
+        problems.append(f"val_fraction={settings['val_fraction']}: expected more than 0 and less than 1")
+    if settings['vocab_size'] < 257:
+        problems.append(f"vocab_size={settings['vocab_size']}: a BPE has at least 257 ids, 256 bytes and end-of-text")
+    elif settings.given('vocab_size') and settings['tokenizer'] != 'bpe':
+        problems.append('vocab_size is for --tokenizer=bpe; the other vocabularies have the size they have')
+    if settings['num_proc'] < 0:
+        problems.append(f"num_proc={settings['num_proc']}: expected 0 (one a core) or more")
+    if settings['name'] and not re.fullmatch(r'\w[\w.-]*', settings['name']):
+        problems.append(f"name={settings['name']}: expected a plain folder name of letters, digits, _ - and .")
+    try:
+        codecs.lookup(settings['encoding'])
+    except LookupError:
+        problems.append(f"encoding={settings['encoding']} is unknown; for Chinese text try gb18030")
+    return problems
+
+
+def _coder(settings, chars, sample, many):
+    """Return the tokenizer that the settings ask for, learned from the text where it has to be."""
+    if settings['tokenizer'] == 'char':
+        return tok.CharTokenizer(''.join(sorted({*chars, *'\n' * many})))
+    if settings['tokenizer'] == 'bpe':
+        return tok.train_bpe(sample, settings['vocab_size'])
+    return tok.from_spec({'kind': settings['tokenizer']})
+
+
+def _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect):
+    words, val_words = settings['input'].splitlines(), settings['val_input'].splitlines()
+    folder = script.parent
+    if settings['name'] or words and folder.name == 'text':
+        called = settings['name'] or re.sub(r'[^\w.-]', '_', Path(words[0].split('#')[0]).name.split('.')[0])
+        folder = folder.parent / called
+        if not called.strip('_.') or not settings['name'] and (folder / 'prepare.py').exists():
+            raise TextError(f'data/{called} is taken or no name; choose one with --name=...')
+    own_text = not words and not (folder / 'input.txt').exists()
+    if not own_text:
+        words = words or [str(folder / 'input.txt')]
+    elif source:
+        words = source(folder) if callable(source) else [source]
+        val_words = val_words or ([val_source] if val_source else [])
+    else:
+        raise TextError(f'no text to read: name it with --input=PATH, or put it at {folder / "input.txt"}. {where}'.strip())
+    paths, val_paths = _find(words, folder), _find(val_words, folder)
+
+    def pieces(paths):
+        found = chain.from_iterable(_read(path, settings, delimiter) for path in paths)
+        return _document(rewrite(''.join(text for text, _ in found))) if rewrite else found
+
+    enough = 2 if val_paths else int(np.ceil(2 / settings['val_fraction']))  # documents for a split by document
+    n_docs = sum(1 for _ in islice((1 for _, ends in pieces(paths) if ends), enough))
+    n_chars, chars, sample = 0, '', []
+    if settings['tokenizer'] in ('char', 'bpe') or n_docs < enough:
+        n_chars, n_docs, chars, sample = _survey(chain(pieces(paths), pieces(val_paths)))
+        if not n_chars:
+            raise TextError(f'{paths[0]} is empty' + f' (and {len(paths) - 1} more)' * (len(paths) > 1))
+    many = n_docs > 1 + bool(val_paths)  # a single text has no marks between documents
+    coder = _coder(settings, chars, sample, many)
+    if val_paths:
+        stream = chain((('train', *piece) for piece in pieces(paths)), (('val', *piece) for piece in pieces(val_paths)))
+    elif n_docs >= enough:
+        stream = _by_document(pieces(paths), settings['val_fraction'])
+    else:
+        stream = _by_position(pieces(paths), int(n_chars * (1 - settings['val_fraction'])))
+    jobs = _jobs(((split, text, ends and many) for split, text, ends in stream), coder.cut)
+    results = _tokenize(jobs, coder, settings['num_proc'] or _cores())
+    meta, n_chars = write(folder, coder, _with_bar(results))
+    _report(folder, coder, meta, n_chars)
+    if expect and own_text and not any(map(settings.given, ('tokenizer', 'val_fraction'))):
+        got = [facts['n_tokens'] for facts in meta['splits'].values()]
+        if got != list(expect):
+            print(f'warning: expected {expect[0]:,} and {expect[1]:,} tokens: has the text changed at its source?',
+                  file=sys.stderr)
+
+
+def _with_bar(results):
+    """Pass results on, showing progress on a terminal."""
+    from tqdm import tqdm
+    with tqdm(desc='tokenizing', unit='B', unit_scale=True, disable=None) as bar:
+        for result in results:
+            yield result
+            bar.update(result[3])
+
+
+def _report(folder, coder, meta, n_chars):
+    """Print the counts, a preview that went through the tokenizer and back, and what to type next."""
+    splits = meta['splits']
+    total = sum(facts['n_tokens'] for facts in splits.values())
+    print(f'length of dataset in characters: {n_chars:,}\nvocab size: {coder.vocab_size:,}')
+    for split, facts in splits.items():
+        print(f"{split} has {facts['n_tokens']:,} tokens")
+    print(f'characters per token: {n_chars / total:.2f}\npreview, encoded and decoded again:')
+    start = np.fromfile(folder / 'train.bin', coder.dtype, count=1000)
+    for line in [line for line in coder.decode(start).replace(tok.EOT, '\n').splitlines() if line.strip()][:3]:
+        ids = coder.encode(line[:30])
+        print(f'  {ids[:8]}{" ..." * (len(ids) > 8)} -> {coder.decode(ids)}')
+    config = Path('config') / f'train_{folder.name}.py'
+    command = f'python train.py {config.as_posix()}'
+    if not find_path(config).exists():
+        command = f'python train.py config/train_shakespeare_char.py --dataset={folder.name} --out_dir=out-{folder.name}'
+        fits = min(facts['n_tokens'] for facts in splits.values()) - 1
+        if fits < 256:  # that config's context; the largest power of two that both splits can fill
+            command += f' --block_size={1 << max(0, fits.bit_length() - 1)}'
+    print(f'train with: {command}')
+
+
+def prepare(script_file, source='', val_source='', where='', delimiter='', rewrite=None, expect=(), **defaults):
+    """Do the whole work of data/NAME/prepare.py; mistakes of a user end the program with one line and status 2.
+
+    source: where the text comes from when neither --input nor data/NAME/input.txt gives one: an address, hub:NAME, or
+    a function from the folder to a list of paths. val_source: its own validation text. where: a sentence saying where
+    a text that is not redistributed is found. delimiter: a string between the documents of a text file. rewrite: a
+    function from the whole text to the text to use. expect: known (train, val) token counts of `source`.
+    defaults: this dataset's values of the settings above.
+    """
+    script = Path(script_file).resolve()
+    if {'--help', '-h'} & set(sys.argv[1:]):
+        block = re.sub(r'^(\w+) = (\S+)', lambda m: f'{m[1]} = {defaults.get(m[1], globals().get(m[1]))!r}',
+                       Path(__file__).read_text(encoding='utf-8').split('# ---')[1], flags=re.M)
+        doc = script.read_text(encoding='utf-8').split('"""')[1]
+        print(describe(f'"""{doc}"""\n{block}', {**globals(), **defaults}))
+        raise SystemExit(0)
+    settings = configure({**globals(), **defaults, '__file__': __file__}, check=_check, words='input')
+    try:
+        _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect)
+    except TextError as error:
+        stop([error])
+    except OSError as error:
+        stop([f'{error.filename or "writing the data"}: {error.strerror or error}; nothing was changed'])
+    except KeyboardInterrupt:
+        print('interrupted; nothing was changed', file=sys.stderr)
+        raise SystemExit(130) from None

@@ -1,0 +1,235 @@
+"""From text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE trained on one's own text.
+
+Whatever its kind, a tokenizer has
+    kind, vocab_size    'char', 'byte', 'gpt2' or 'bpe'; ids run from 0 to vocab_size - 1
+    spec                plain values from which `from_spec` makes it again; stands in meta.json and in checkpoints
+    eot                 the id of end-of-text, or None where the kind has none (char, byte)
+    mark, start_ids     what follows each of many documents: end-of-text, else a newline; [its id] begins a sample
+    encode(text)        list of ids; a TextError (a ValueError) names a character that the vocabulary lacks
+    decode(ids)         text; bytes that are no UTF-8 become U+FFFD
+    decode_bytes(ids)   UTF-8 bytes; never fails on half a character, so a stream can wait for the rest
+    pack(pieces)        the ids of many pieces at once: [(text, True where a document ends), ...] to a numpy array
+    cut(text, start)    the first place from `start` on where text may be cut without changing its ids, or -1
+"""
+import pickle
+import re
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+
+EOT = '<|endoftext|>'
+# The ways GPT-2 splits text before merging bytes; see https://github.com/openai/tiktoken (the pattern is its own).
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# No match of that pattern holds a visible character followed by white space, nor a letter or digit followed by a
+# punctuation mark, and its look-ahead matters only after white space. So behind such a character a new match surely
+# begins, the text before it splits as it would alone, and so does the text after it.
+SAFE_CUT = re.compile(r'\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?)，。；：！？、）」』”])')
+TWINS = dict(zip('."\'<>-$', '。“‘《》—￥', strict=True))  # marks whose usual Chinese form is not their full-width form
+
+
+class TextError(ValueError):
+    """A mistake in a user's text, file or setting; its message is one line meant for them."""
+
+
+def encoded(text, codec='utf-8'):
+    """Return `text` as bytes; raises TextError where it holds half of a surrogate pair, which is no text."""
+    try:
+        return text.encode(codec)
+    except UnicodeEncodeError as error:
+        raise TextError(f'lone surrogate U+{ord(text[error.start]):04X} at character {error.start:,} is not text; '
+                        'remove it') from None
+
+
+def _check_range(ids, vocab_size):
+    """Return `ids` as an int64 array, or raise TextError where one lies outside the vocabulary."""
+    ids = np.asarray(ids, dtype=np.int64).reshape(-1)
+    if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+        bad = ids[(ids < 0) | (ids >= vocab_size)][0]
+        raise TextError(f'token id {bad} is outside the vocabulary of {vocab_size:,}')
+    return ids
+
+
+class _Tokenizer:
+    """What all kinds share; each adds encode, decode_bytes and pack."""
+
+    eot, mark = None, '\n'
+
+    @property
+    def start_ids(self):
+        """The natural beginning of a text: [end-of-text], else [newline], else [0]."""
+        return [self.eot] if self.eot is not None else [10]
+
+    @property
+    def dtype(self):
+        """The numpy dtype of .bin files: uint16 while every id fits, else uint32; little-endian."""
+        return '<u2' if self.vocab_size <= 1 << 16 else '<u4'
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode('utf-8', errors='replace')
+
+    def cut(self, text, start):
+        return start
+
+    def pack(self, pieces):
+        return self._ids(''.join([text + self.mark if ends else text for text, ends in pieces]))
+
+    def encode(self, text):
+        return self._ids(text).tolist()
+
+
+class CharTokenizer(_Tokenizer):
+    """One id for each distinct character; `chars` is the vocabulary, in the order of the ids."""
+
+    kind = 'char'
+
+    def __init__(self, chars):
+        self.chars, self.vocab_size = chars, len(chars)
+        self.spec = {'kind': 'char', 'chars': chars}
+        self._code_of = np.frombuffer(chars.encode('utf-32-le'), '<u4')
+        self._id_of = np.full(0x110000, -1, np.int32)  # code point -> id
+        self._id_of[self._code_of] = np.arange(len(chars))
+
+    @property
+    def start_ids(self):
+        return [max(0, int(self._id_of[10]))]
+
+    def _ids(self, text):
+        codes = np.frombuffer(encoded(text, 'utf-32-le'), '<u4')
+        ids = self._id_of[codes]
+        if ids.size and ids.min() < 0:
+            raise TextError(self._unknown(chr(codes[ids.argmin()])))
+        return ids.astype(self.dtype)
+
+    def _unknown(self, char):
+        name = f"'{char}' (U+{ord(char):04X})" if char.isprintable() else f'U+{ord(char):04X}'
+        message = f"character {name} is not in this model's {self.vocab_size:,}-character vocabulary"
+        wide = chr(ord(char) + 0xFEE0) if '!' <= char <= '~' else '\u3000' if char == ' ' else ''
+        for twin in (wide, unicodedata.normalize('NFKC', char), TWINS.get(char),
+                     next((ascii for ascii, usual in TWINS.items() if usual == char), '')):
+            if twin and twin != char and twin in self.chars:
+                return f"{message}; it has '{twin}' (U+{ord(twin):04X})"
+        return message
+
+    def decode_bytes(self, ids):
+        return self._code_of[_check_range(ids, self.vocab_size)].tobytes().decode('utf-32-le').encode('utf-8')
+
+
+class ByteTokenizer(_Tokenizer):
+    """The 256 byte values of UTF-8: no vocabulary to learn, and nothing is ever unknown."""
+
+    kind, vocab_size, spec = 'byte', 256, {'kind': 'byte'}
+
+    def _ids(self, text):
+        return np.frombuffer(encoded(text), np.uint8).astype(self.dtype)
+
+    def decode_bytes(self, ids):
+        return _check_range(ids, 256).astype(np.uint8).tobytes()
+
+
+class BPETokenizer(_Tokenizer):
+    """Byte pair encoding, run by tiktoken: GPT-2's own, or one whose `tokens` (bytes, best first) were trained."""
+
+    mark = EOT
+
+    def __init__(self, kind, encoding, spec):
+        self.kind, self.spec, self._encoding = kind, spec, encoding
+        self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
+
+    def encode(self, text):
+        encoded(text)
+        return self._encoding.encode_ordinary(text)
+
+    def pack(self, pieces):
+        joined = ''.join([text + EOT if ends else text for text, ends in pieces])
+        encoded(joined)
+        if joined.count(EOT) == sum(ends for _, ends in pieces):  # one call for many documents: no cost a document
+            return self._encoding.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=()).astype(self.dtype)
+        lists = [self.encode(text) + [self.eot] * ends for text, ends in pieces]  # a text that spells out the mark
+        return np.array([i for ids in lists for i in ids], dtype=self.dtype)
+
+    def decode_bytes(self, ids):
+        return self._encoding.decode_bytes(_check_range(ids, self.vocab_size).tolist())
+
+    def cut(self, text, start):
+        found = SAFE_CUT.search(text, max(0, start - 1))
+        return found.end() if found else -1
+
+
+def _tiktoken():
+    try:
+        import tiktoken
+    except ImportError:
+        raise TextError('BPE needs the package tiktoken: pip install tiktoken') from None
+    return tiktoken
+
+
+def gpt2():
+    """Return GPT-2's tokenizer of 50,257 ids; raises TextError where its files can be neither found nor fetched."""
+    tiktoken = _tiktoken()
+    try:
+        encoding = tiktoken.get_encoding('gpt2')
+    except Exception as error:  # whatever the network or the cache may bring
+        raise TextError("GPT-2's BPE files could not be had "
+                         f'({type(error).__name__}: {str(error)[:100]}); go online once, or set TIKTOKEN_CACHE_DIR to '
+                         'a folder that holds them; char and byte tokenizers need no files') from None
+    return BPETokenizer('gpt2', encoding, {'kind': 'gpt2'})
+
+
+def bpe(tokens):
+    """Return the BPE of `tokens`: strings whose characters (below 256) are bytes, in the order they were learned."""
+    ranks = {token.encode('latin-1'): rank for rank, token in enumerate(tokens)}
+    encoding = _tiktoken().Encoding('bpe', pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return BPETokenizer('bpe', encoding, {'kind': 'bpe', 'tokens': list(tokens)})
+
+
+def train_bpe(texts, vocab_size):
+    """Return a BPE of at most `vocab_size` ids (256 bytes, merges, end-of-text) learned from `texts`, an iterable.
+
+    Byte-level with GPT-2's way of splitting, so any Unicode survives. A small text may yield fewer ids.
+    """
+    if vocab_size < 257:
+        raise TextError(f'vocab_size={vocab_size}: a BPE has at least 257 ids (256 bytes and end-of-text)')
+    try:
+        from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    except ImportError:
+        raise TextError('training a BPE needs the package tokenizers: pip install tokenizers') from None
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # the library writes each byte as a visible character:
+    hidden = sorted(set(range(256)) - set(map(ord, letters)))  # a Latin-1 one as itself, the rest as U+0100 and on
+    byte_of = {c: chr(ord(c) if ord(c) < 256 else hidden[ord(c) - 256]) for c in letters}
+    learner = Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    learner.train_from_iterator(texts, trainers.BpeTrainer(
+        vocab_size=vocab_size - 1, initial_alphabet=letters, show_progress=False))
+    ranked = sorted(learner.get_vocab().items(), key=lambda item: item[1])
+    return bpe([''.join(byte_of[c] for c in token) for token, _ in ranked])
+
+
+def from_spec(spec):
+    """Return the tokenizer of a `spec`, as found in meta.json or a checkpoint; raises TextError for another kind."""
+    kinds = {'char': lambda: CharTokenizer(spec['chars']), 'byte': ByteTokenizer, 'gpt2': gpt2,
+             'bpe': lambda: bpe(spec['tokens'])}
+    if spec.get('kind') not in kinds:
+        raise TextError(f"tokenizer of kind {spec.get('kind')!r}; this program knows {', '.join(kinds)}")
+    return kinds[spec['kind']]()
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings and containers; a pickle that refers to any class or function is refused."""
+
+    def find_class(self, module, name):
+        raise TextError(f'meta.pkl refers to {module}.{name}; refusing')
+
+
+def from_nanogpt_meta(folder):
+    """Return the character tokenizer of nanoGPT's `folder`/meta.pkl; raises TextError where it is anything else."""
+    path = Path(folder) / 'meta.pkl'
+    with open(path, 'rb') as file:
+        try:
+            itos = _PlainUnpickler(file).load()['itos']
+            chars = ''.join(itos[i] for i in range(len(itos)))
+        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError) as error:
+            raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
+    if len(chars) != len(itos):
+        raise TextError(f'{path} holds tokens of several characters; only one character per id is supported')
+    return CharTokenizer(chars)
