@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import configure, describe, find_path, stop
+from configurator import REPO, UserError, configure, describe, find_path
 from lib import tokenizer as tok
 from lib.tokenizer import TextError, encoded
 
@@ -65,10 +65,10 @@ def _chunks(path, codec):
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 at = done - len(error.object) + error.start
-                raise TextError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x}); '
+                raise UserError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x}); '
                                 'name its encoding, for example --encoding=gb18030, or save it as UTF-8') from None
             except (EOFError, gzip.BadGzipFile) as error:
-                raise TextError(f'{path} is a damaged gzip file: {error}') from None
+                raise UserError(f'{path} is a damaged gzip file: {error}') from None
             if done == len(data):
                 text = text.removeprefix('\ufeff')
             if text:
@@ -96,11 +96,11 @@ def _document(text):
 def _fields(record, keys, place):
     """Join the text under `keys` of a JSON or parquet record; keys that are absent or null count as empty."""
     if not any(key in record for key in keys):
-        raise TextError(f'{place}: no key {" or ".join(keys)} among {", ".join(map(str, record))}; say --text_key=...')
+        raise UserError(f'{place}: no key {" or ".join(keys)} among {", ".join(map(str, record))}; say --text_key=...')
     values = [record.get(key) or '' for key in keys]
     for key, value in zip(keys, values, strict=True):
         if not isinstance(value, str):
-            raise TextError(f'{place}: {key} holds {type(value).__name__}, expected text; say --text_key=...')
+            raise UserError(f'{place}: {key} holds {type(value).__name__}, expected text; say --text_key=...')
     return '\n'.join(filter(None, values))
 
 
@@ -109,17 +109,20 @@ def _json_lines(path, codec, keys):
         if not line.strip():
             continue
         try:
-            text = _fields(json.loads(line), keys, f'{path}:{number}')
+            record = json.loads(line)
+            if not isinstance(record, dict):
+                raise UserError(f'{path}:{number}: expected one JSON object a line, found {type(record).__name__}')
+            text = _fields(record, keys, f'{path}:{number}')
             encoded(text)
         except json.JSONDecodeError as error:
-            raise TextError(f'{path}:{number}: not JSON ({error.msg}); expected one object a line') from None
+            raise UserError(f'{path}:{number}: not JSON ({error.msg}); expected one object a line') from None
         except TextError as error:
-            raise error if str(error).startswith(str(path)) else TextError(f'{path}:{number}: {error}') from None
+            raise UserError(f'{path}:{number}: {error.message}') from None
         yield from _document(text)
 
 
 def _is_json_lines(path, codec):
-    """True where the first line holds a JSON object; a file that is called JSON but is laid out otherwise is refused."""
+    """True where the first line holds a JSON object; a file called JSON but laid out otherwise is refused."""
     start = next(_chunks(path, codec), '').lstrip()
     if start.startswith('{'):
         line = next((line for line in _divide(_chunks(path, codec), '\n') if line.strip()), '')
@@ -128,7 +131,7 @@ def _is_json_lines(path, codec):
         except json.JSONDecodeError:
             pass
     if '.json' in Path(path).suffixes and start[:1] in ('{', '['):
-        raise TextError(f"{path} is JSON, but not one object a line; turn it into that, for example: jq -c '.[]' FILE")
+        raise UserError(f"{path} is JSON, but not one object a line; turn it into that, for example: jq -c '.[]' FILE")
     return False
 
 
@@ -136,7 +139,7 @@ def _parquet(path, keys):
     try:
         from pyarrow import parquet
     except ImportError:
-        raise TextError(f'{path}: reading parquet needs the package pyarrow: pip install pyarrow') from None
+        raise UserError(f'{path}: reading parquet needs the package pyarrow: pip install pyarrow') from None
     with parquet.ParquetFile(path) as file:
         have = [key for key in keys if key in file.schema_arrow.names]
         if not have:
@@ -151,17 +154,15 @@ def _hub(address, keys):
     try:
         from datasets import load_dataset
     except ImportError:
-        raise TextError(f'{address} needs the package datasets: pip install datasets') from None
+        raise UserError(f'{address} needs the package datasets: pip install datasets') from None
     repository, _, split = address.removeprefix('hub:').partition('#')
     try:
         for batch in load_dataset(repository, split=split or 'train', streaming=True).iter(batch_size=1024):
             for values in zip(*batch.values(), strict=True):
                 yield from _document(_fields(dict(zip(batch, values, strict=True)), keys, address))
-    except TextError:
-        raise
     except Exception as error:  # network, hub and storage libraries each have their own
         reason = (str(error).splitlines() or [''])[0]
-        raise TextError(f'cannot read {address}: {type(error).__name__}: {reason[:200]}; nothing was changed; '
+        raise UserError(f'cannot read {address}: {type(error).__name__}: {reason[:200]}; nothing was changed; '
                         'try again, or give local text, JSON lines or parquet with --input=PATH') from None
 
 
@@ -209,13 +210,13 @@ def _find(words, folder):
             else:
                 found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
             if not found:
-                raise TextError(f'--input={word}: no such file' if not path.is_dir() else f'--input={word}: no files in it')
+                raise UserError(f"--input={word}: {'no files in it' if path.is_dir() else 'no such file or folder'}")
             paths += found
     return paths
 
 
 def download(url, path):
-    """Fetch `url` to `path` in three tries; a failure leaves nothing behind and raises TextError with the ways out."""
+    """Fetch `url` to `path` in three tries; a failure leaves nothing behind and raises UserError with the ways out."""
     temp = Path(f'{path}.tmp')
     temp.parent.mkdir(parents=True, exist_ok=True)
     for wait in (_WAIT, 2 * _WAIT, None):
@@ -242,7 +243,7 @@ def download(url, path):
             time.sleep(wait)
         elif reason.startswith('4'):
             break
-    raise TextError(f'download failed: {reason} from {url}; put the text at {path}, or name a copy with --input=PATH; '
+    raise UserError(f'download failed: {reason} from {url}; put the text at {path}, or name a copy with --input=PATH; '
                     'python data/python_char/prepare.py needs no download')
 
 
@@ -346,7 +347,7 @@ def _tokenize(jobs, coder, processes):
         while pending:
             yield pending.popleft().result()
     except BrokenProcessPool:
-        raise TextError('a worker process died (out of memory?); nothing was changed; try --num_proc=1') from None
+        raise UserError('a worker process died (out of memory?); nothing was changed; try --num_proc=1') from None
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -392,7 +393,7 @@ def write(folder, coder, results):
                 'splits': {split: file.finish() for split, file in files.items()}}
         for split, facts in meta['splits'].items():
             if not facts['n_tokens']:
-                raise TextError(f'the {split} split is empty: {n_chars:,} characters are too few to divide; '
+                raise UserError(f'the {split} split is empty: {n_chars:,} characters are too few to divide; '
                                 'give more text, or change --val_fraction')
             assert facts['max_id'] < coder.vocab_size, (facts, coder.vocab_size)
         with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
@@ -451,7 +452,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         called = settings['name'] or re.sub(r'[^\w.-]', '_', Path(words[0].split('#')[0]).name.split('.')[0])
         folder = folder.parent / called
         if not called.strip('_.') or not settings['name'] and (folder / 'prepare.py').exists():
-            raise TextError(f'data/{called} is taken or no name; choose one with --name=...')
+            raise UserError(f'data/{called} is taken or no name; choose one with --name=...')
     own_text = not words and not (folder / 'input.txt').exists()
     if not own_text:
         words = words or [str(folder / 'input.txt')]
@@ -459,7 +460,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         words = source(folder) if callable(source) else [source]
         val_words = val_words or ([val_source] if val_source else [])
     else:
-        raise TextError(f'no text to read: name it with --input=PATH, or put it at {folder / "input.txt"}. {where}'.strip())
+        raise UserError(f'no text to read; name it with --input=PATH, or put it at {folder / "input.txt"}. {where}')
     paths, val_paths = _find(words, folder), _find(val_words, folder)
 
     def pieces(paths):
@@ -472,7 +473,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
     if settings['tokenizer'] in ('char', 'bpe') or n_docs < enough:
         n_chars, n_docs, chars, sample = _survey(chain(pieces(paths), pieces(val_paths)))
         if not n_chars:
-            raise TextError(f'{paths[0]} is empty' + f' (and {len(paths) - 1} more)' * (len(paths) > 1))
+            raise UserError(f'{paths[0]} is empty' + f' (and {len(paths) - 1} more)' * (len(paths) > 1))
     many = n_docs > 1 + bool(val_paths)  # a single text has no marks between documents
     coder = _coder(settings, chars, sample, many)
     if val_paths:
@@ -513,10 +514,10 @@ def _report(folder, coder, meta, n_chars):
     for line in [line for line in coder.decode(start).replace(tok.EOT, '\n').splitlines() if line.strip()][:3]:
         ids = coder.encode(line[:30])
         print(f'  {ids[:8]}{" ..." * (len(ids) > 8)} -> {coder.decode(ids)}')
-    config = Path('config') / f'train_{folder.name}.py'
-    command = f'python train.py {config.as_posix()}'
-    if not find_path(config).exists():
-        command = f'python train.py config/train_shakespeare_char.py --dataset={folder.name} --out_dir=out-{folder.name}'
+    command = f'python train.py config/train_{folder.name}.py'
+    if not (REPO / command.split()[-1]).exists():
+        command = 'python train.py config/train_shakespeare_char.py'
+        command += f' --dataset={folder.name} --out_dir=out-{folder.name}'
         fits = min(facts['n_tokens'] for facts in splits.values()) - 1
         if fits < 256:  # that config's context; the largest power of two that both splits can fill
             command += f' --block_size={1 << max(0, fits.bit_length() - 1)}'
@@ -542,10 +543,8 @@ def prepare(script_file, source='', val_source='', where='', delimiter='', rewri
     settings = configure({**globals(), **defaults, '__file__': __file__}, check=_check, words='input')
     try:
         _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect)
-    except TextError as error:
-        stop([error])
     except OSError as error:
-        stop([f'{error.filename or "writing the data"}: {error.strerror or error}; nothing was changed'])
+        raise UserError(f'{error.filename or script.parent}: {error.strerror or error}; nothing was changed') from None
     except KeyboardInterrupt:
         print('interrupted; nothing was changed', file=sys.stderr)
         raise SystemExit(130) from None
