@@ -75,9 +75,9 @@ def find_path(path):
     return REPO / path if not path.exists() and (REPO / path).exists() else path
 
 
-def _nearest(name, known):
+def _nearest(name, known, otherwise='; --help lists them all'):
     near = difflib.get_close_matches(name, known, n=1)
-    return f'; did you mean {near[0]}?' if near else '; --help lists them all'
+    return f'; did you mean {near[0]}?' if near else otherwise
 
 
 def _coerce(text, default):
@@ -131,7 +131,7 @@ def _run_config(path, settings, fixed):
     found = find_path(path)
     if not found.is_file():
         configs = [p.relative_to(REPO).as_posix() for p in (REPO / 'config').glob('*.py')]
-        settings.errors.append(f'config file {path} not found{_nearest(path, configs).replace("; --help lists them all", "")}')
+        settings.errors.append(f'config file {path} not found{_nearest(path, configs, "")}')
         return
     scope = _ConfigScope(dict(settings, __file__=str(found), __name__=found.stem), fixed)
     try:

@@ -111,7 +111,7 @@ class KVCache:
         self.pos = 0
 
     def extend(self, layer, k, v):
-        """Store k and v (B, nh, T, hs) of one layer behind `pos`; return all of that layer so far (B, nh, pos + T, hs)."""
+        """Store k and v (B, nh, T, hs) of a layer behind `pos`; return all of its so far (B, nh, pos + T, hs)."""
         end = self.pos + k.size(2)
         self.k[layer, :, :, self.pos:end] = k
         self.v[layer, :, :, self.pos:end] = v

@@ -156,8 +156,13 @@ def _hub(address, keys):
     except ImportError:
         raise UserError(f'{address} needs the package datasets: pip install datasets') from None
     repository, _, split = address.removeprefix('hub:').partition('#')
+    split = split or 'train'
     try:
-        for batch in load_dataset(repository, split=split or 'train', streaming=True).iter(batch_size=1024):
+        try:
+            rows = load_dataset(repository, split=split, streaming=True)
+        except RuntimeError:  # a repository that is still a script; the hub keeps a parquet copy of each beside it
+            rows = load_dataset(repository, split=split, streaming=True, revision='refs/convert/parquet')
+        for batch in rows.iter(batch_size=1024):
             for values in zip(*batch.values(), strict=True):
                 yield from _document(_fields(dict(zip(batch, values, strict=True)), keys, address))
     except Exception as error:  # network, hub and storage libraries each have their own
@@ -243,7 +248,7 @@ def download(url, path):
             time.sleep(wait)
         elif reason.startswith('4'):
             break
-    raise UserError(f'download failed: {reason} from {url}; put the text at {path}, or name a copy with --input=PATH; '
+    raise UserError(f'download failed: {reason} from {url}; put the text at {path.parent / "input.txt"}, or name a copy with --input=PATH; '
                     'python data/python_char/prepare.py needs no download')
 
 
@@ -442,7 +447,9 @@ def _coder(settings, chars, sample, many):
         return tok.CharTokenizer(''.join(sorted({*chars, *'\n' * many})))
     if settings['tokenizer'] == 'bpe':
         return tok.train_bpe(sample, settings['vocab_size'])
-    return tok.from_spec({'kind': settings['tokenizer']})
+    coder = tok.from_spec({'kind': settings['tokenizer']})
+    coder.encode('')  # missing files are told now, and forked workers inherit what was loaded
+    return coder
 
 
 def _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect):
@@ -495,8 +502,11 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
 
 def _with_bar(results):
     """Pass results on, showing progress on a terminal."""
+    if not sys.stderr.isatty():
+        yield from results
+        return
     from tqdm import tqdm
-    with tqdm(desc='tokenizing', unit='B', unit_scale=True, disable=None) as bar:
+    with tqdm(desc='tokenizing', unit='B', unit_scale=True) as bar:
         for result in results:
             yield result
             bar.update(result[3])

@@ -14,6 +14,7 @@ Whatever its kind, a tokenizer has
 import pickle
 import re
 import unicodedata
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -133,13 +134,25 @@ class ByteTokenizer(_Tokenizer):
 
 
 class BPETokenizer(_Tokenizer):
-    """Byte pair encoding, run by tiktoken: GPT-2's own, or one whose `tokens` (bytes, best first) were trained."""
+    """Byte pair encoding, run by tiktoken: GPT-2's own, or one that was trained (see `bpe`).
+
+    load: a function that returns the tiktoken Encoding; called when the first text comes, so that training on token
+    ids needs neither tiktoken nor GPT-2's files.
+    """
 
     mark = EOT
 
-    def __init__(self, kind, encoding, spec):
-        self.kind, self.spec, self._encoding = kind, spec, encoding
-        self.vocab_size, self.eot = encoding.n_vocab, encoding.eot_token
+    def __init__(self, spec, vocab_size, load):
+        self.kind, self.spec, self.vocab_size, self.eot = spec['kind'], spec, vocab_size, vocab_size - 1
+        self._load = load
+
+    @cached_property
+    def _encoding(self):
+        try:
+            import tiktoken
+        except ImportError:
+            raise UserError('BPE needs the package tiktoken: pip install tiktoken') from None
+        return self._load(tiktoken)
 
     def encode(self, text):
         encoded(text)
@@ -162,31 +175,24 @@ class BPETokenizer(_Tokenizer):
         return found.end() if found else -1
 
 
-def _tiktoken():
-    try:
-        import tiktoken
-    except ImportError:
-        raise TextError('BPE needs the package tiktoken: pip install tiktoken') from None
-    return tiktoken
-
-
 def gpt2():
-    """Return GPT-2's tokenizer of 50,257 ids; raises TextError where its files can be neither found nor fetched."""
-    tiktoken = _tiktoken()
-    try:
-        encoding = tiktoken.get_encoding('gpt2')
-    except Exception as error:  # whatever the network or the cache may bring
-        raise TextError("GPT-2's BPE files could not be had "
-                         f'({type(error).__name__}: {str(error)[:100]}); go online once, or set TIKTOKEN_CACHE_DIR to '
-                         'a folder that holds them; char and byte tokenizers need no files') from None
-    return BPETokenizer('gpt2', encoding, {'kind': 'gpt2'})
+    """Return GPT-2's tokenizer of 50,257 ids; its first use raises UserError where its files cannot be had."""
+    def load(tiktoken):
+        try:
+            return tiktoken.get_encoding('gpt2')
+        except Exception as error:  # whatever the network or the cache may bring
+            raise UserError(f"GPT-2's BPE files could not be had ({type(error).__name__}: {str(error)[:100]}); go "
+                            'online once, or set TIKTOKEN_CACHE_DIR to a folder that holds them; char and byte '
+                            'tokenizers need no files') from None
+    return BPETokenizer({'kind': 'gpt2'}, 50257, load)
 
 
 def bpe(tokens):
     """Return the BPE of `tokens`: strings whose characters (below 256) are bytes, in the order they were learned."""
-    ranks = {token.encode('latin-1'): rank for rank, token in enumerate(tokens)}
-    encoding = _tiktoken().Encoding('bpe', pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-    return BPETokenizer('bpe', encoding, {'kind': 'bpe', 'tokens': list(tokens)})
+    def load(tiktoken):
+        ranks = {token.encode('latin-1'): rank for rank, token in enumerate(tokens)}
+        return tiktoken.Encoding('bpe', pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+    return BPETokenizer({'kind': 'bpe', 'tokens': list(tokens)}, len(tokens) + 1, load)
 
 
 def train_bpe(texts, vocab_size):
@@ -195,11 +201,11 @@ def train_bpe(texts, vocab_size):
     Byte-level with GPT-2's way of splitting, so any Unicode survives. A small text may yield fewer ids.
     """
     if vocab_size < 257:
-        raise TextError(f'vocab_size={vocab_size}: a BPE has at least 257 ids (256 bytes and end-of-text)')
+        raise UserError(f'vocab_size={vocab_size}: a BPE has at least 257 ids (256 bytes and end-of-text)')
     try:
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
-        raise TextError('training a BPE needs the package tokenizers: pip install tokenizers') from None
+        raise UserError('training a BPE needs the package tokenizers: pip install tokenizers') from None
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # the library writes each byte as a visible character:
     hidden = sorted(set(range(256)) - set(map(ord, letters)))  # a Latin-1 one as itself, the rest as U+0100 and on
     byte_of = {c: chr(ord(c) if ord(c) < 256 else hidden[ord(c) - 256]) for c in letters}
@@ -212,7 +218,7 @@ def train_bpe(texts, vocab_size):
 
 
 def from_spec(spec):
-    """Return the tokenizer of a `spec`, as found in meta.json or a checkpoint; raises TextError for another kind."""
+    """Return the tokenizer of a `spec`, as found in meta.json or a checkpoint; raises TextError for an unknown kind."""
     kinds = {'char': lambda: CharTokenizer(spec['chars']), 'byte': ByteTokenizer, 'gpt2': gpt2,
              'bpe': lambda: bpe(spec['tokens'])}
     if spec.get('kind') not in kinds:

@@ -1,0 +1,14 @@
+"""The Three Character Classic (sanzijing): 1,519 characters, one id each. A small model recites it.
+
+    python data/sanzijing_char/prepare.py --input=sanzijing.txt
+"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from lib.corpus import prepare
+
+WHERE = 'The text is in the public domain: wikisource (三字經) has it, and many sites of classics'
+
+if __name__ == '__main__':
+    prepare(__file__, where=WHERE, tokenizer='char')

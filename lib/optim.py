@@ -1,0 +1,82 @@
+"""What torch.optim lacks: Muon for matrices beside AdamW for the rest, in one optimizer with one state."""
+import torch
+
+from configurator import UserError
+
+
+class MuonAdamW(torch.optim.AdamW):
+    """AdamW whose groups marked `matrices` are updated by Muon instead (Jordan et al. 2024, kellerjordan.github.io).
+
+    Muon replaces the momentum of a matrix's gradient by the nearest semi-orthogonal matrix, so that every direction
+    moves alike. Nesterov momentum 0.95; decoupled weight decay; the step is scaled by sqrt(max(1, rows / columns)).
+    """
+    MOMENTUM = 0.95
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        every = self.param_groups
+        try:
+            self.param_groups = [group for group in every if not group['matrices']]
+            super().step(closure)
+        finally:
+            self.param_groups = every
+        found_inf = getattr(self, 'found_inf', None)
+        for group in every:
+            if group['matrices']:
+                self._muon(group, found_inf)
+
+    def _muon(self, group, found_inf):
+        by_shape = {}
+        for p in group['params']:
+            if p.grad is not None:
+                by_shape.setdefault(p.shape, []).append(p)
+        for (rows, columns), params in by_shape.items():
+            momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+            grads = [p.grad for p in params]
+            if found_inf is not None:  # a step that is not finite changes nothing
+                if found_inf.device.type == 'cpu' and found_inf:
+                    return
+                grads = [torch.where(found_inf.bool(), m, g) for m, g in zip(momenta, grads)]
+            torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
+            looked_ahead = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
+            updates = orthogonalize(torch.stack(looked_ahead))  # (n, rows, columns)
+            rate = group['lr'] * (1.0 if found_inf is None else 1 - found_inf)
+            scale = rate * max(1, rows / columns) ** 0.5
+            for p, update in zip(params, updates.unbind()):
+                p.mul_(1 - rate * group['weight_decay']).sub_(update.to(p.dtype) * scale)
+
+
+def orthogonalize(g, steps=5):
+    """Return roughly U V^T for each matrix U S V^T in g (n, rows, columns), by Newton-Schulz in bfloat16 where fast.
+
+    The quintic's coefficients are Jordan's: steep at zero, singular values end between 0.7 and 1.2.
+    """
+    a, b, c = 3.4445, -4.7750, 2.0315
+    x = g.bfloat16()
+    if tall := g.size(-2) > g.size(-1):
+        x = x.mT
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(steps):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type):
+    """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each group keeps its peak rate as `peak`.
+
+    The fused update is taken where torch has one: one pass over the weights, and it can skip itself on the device.
+    """
+    for group in groups:
+        group['peak'] = muon_lr if kind == 'muon' and group['matrices'] else learning_rate
+    cls = MuonAdamW if kind == 'muon' else torch.optim.AdamW
+    return cls(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
+
+
+def restore(optimizer, saved, path):
+    """Load a checkpoint's optimizer state; rates, betas and decay stay as they are set now."""
+    now = optimizer.state_dict()['param_groups']
+    if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in now]:
+        raise UserError(f'the optimizer state in {path} does not fit: was the setting optimizer changed?')
+    groups = [{**group, 'params': old['params']} for group, old in zip(now, saved['param_groups'])]
+    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})

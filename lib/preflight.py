@@ -1,0 +1,139 @@
+"""All that can be known to be wrong before a model is built, found first and told together."""
+import os
+
+from configurator import UserError, find_path
+from lib import checkpoint, dataset, runtime
+from model import CHOICES, GPT2_SIZES, GPTConfig
+
+SETTING_CHOICES = {
+    **CHOICES,
+    'dtype': ('auto', 'float32', 'bfloat16', 'float16'),
+    'parallel': ('ddp', 'fsdp'),
+    'optimizer': ('adamw', 'muon'),
+    'lr_schedule': ('cosine', 'wsd'),
+    'data_order': ('epochs', 'random'),
+}
+AT_LEAST = {
+    1: ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'),
+    0: ('max_iters', 'warmup_iters', 'lr_decay_iters', 'patience', 'max_minutes', 'total_batch_tokens', 'peak_tflops',
+        'lora_rank', 'sample_interval', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'seed'),
+}
+ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'tie_weights',
+                'softcap')
+
+# What does not combine: (condition on the settings, why).
+CONFLICTS = (
+    (lambda s: s['dtype'] == 'float16' and not s['device'].startswith('cuda'),
+     'dtype=float16 needs the gradient scaling that only CUDA has here; use bfloat16 or float32'),
+    (lambda s: s['eval_only'] and s['init_from'] in ('scratch', 'auto'),
+     'eval_only needs a model: --init_from=resume or gpt2*'),
+    (lambda s: s['decay_lr'] and s.given('lr_decay_iters') and 0 < s['lr_decay_iters'] <= s['warmup_iters'],
+     'warmup_iters must be below lr_decay_iters, or the learning rate never decays'),
+)
+
+
+def values(s):
+    """Return what is wrong with the values of the Settings `s` by themselves, a line each."""
+    found = [f'{name} must be at least {least}, got {s[name]}'
+             for least, names in AT_LEAST.items() for name in names if not s[name] >= least]
+    found += [f'{name} must be one of {", ".join(choices)}; got {s[name]!r}'
+              for name, choices in SETTING_CHOICES.items() if s[name] not in choices]
+    found += [f'{name} must be at least 0 and below 1, got {s[name]}'
+              for name in ('beta1', 'beta2') if not 0 <= s[name] < 1]
+    if not 0 < s['cooldown_frac'] <= 1:
+        found.append(f'cooldown_frac must be above 0 and at most 1, got {s["cooldown_frac"]}')
+    config = GPTConfig(vocab_size=1, dropout=s['dropout'], **{name: s[name] for name in ARCHITECTURE})
+    found += [problem for problem in config.problems() if problem.split()[0] not in CHOICES]
+    if s['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_SIZES) and not find_path(s['init_from']).is_dir():
+        found.append(f'init_from={s["init_from"]!r}: expected scratch, resume, auto, {", ".join(GPT2_SIZES)}, or a '
+                     'folder with config.json and model.safetensors')
+    problem = runtime.device_problem(s['device'])
+    found += [problem] if problem else [why for wrong, why in CONFLICTS if wrong(s)]
+    return found + _batch_problems(s)
+
+
+def _batch_problems(s):
+    ranks, accumulation = int(os.environ.get('WORLD_SIZE', 1)), s['gradient_accumulation_steps']
+    unit, total = s['batch_size'] * s['block_size'] * ranks, s['total_batch_tokens']
+    if total:
+        if unit > 0 and total % unit:
+            return [f'total_batch_tokens={total} is not divisible by batch_size x block_size x ranks = {unit}; '
+                    f'the nearest is {max(1, round(total / unit)) * unit}']
+    elif accumulation % ranks:
+        below = accumulation // ranks * ranks
+        near = f'{below} or {below + ranks}' if below else f'{ranks}'
+        return [f'gradient_accumulation_steps={accumulation} is not divisible by {ranks} ranks; use {near}']
+    return []
+
+
+def adopt(s, state, path):
+    """Take the architecture of the checkpoint `state` over into the Settings `s`; returns what contradicts it."""
+    have = {**GPTConfig().model_args(), **{k: v for k, v in vars(GPTConfig()).items() if k in ARCHITECTURE},
+            **state['model_args']}
+    found = []
+    for name in ARCHITECTURE:
+        if s.by_flag(name) and s[name] != have[name]:
+            found.append(f'{name}={s[name]} but the checkpoint {path} has {have[name]}; drop the flag')
+        elif s[name] != have[name]:
+            s[name], s.origins[name] = have[name], str(path)
+    return found
+
+
+def check(s, opened):
+    """Return all that is wrong with a training run's Settings, and leave in `opened` what was read on the way.
+
+    opened: gets 'data' (a Dataset) and, when resuming, 'resume' (path, checkpoint). Automatic settings that follow
+    others are filled in, and a checkpoint's architecture is taken over.
+    """
+    found = []
+    opened['resume'] = None
+    if s['init_from'] in ('resume', 'auto'):
+        try:
+            if s['eval_only']:
+                path = f'{s["out_dir"]}/ckpt.pt'
+                opened['resume'] = path, checkpoint.load(path)
+            else:
+                opened['resume'] = checkpoint.newest(s['out_dir'])
+        except UserError as error:
+            found.append(error.message)
+        else:
+            if opened['resume']:
+                found += adopt(s, opened['resume'][1], opened['resume'][0])
+            elif s['init_from'] == 'resume':
+                found.append(f'no checkpoint in {s["out_dir"]}/ to resume; use --init_from=auto to start fresh')
+    if not s.given('lr_decay_iters'):
+        s['lr_decay_iters'] = s['max_iters']
+    if not s.given('min_lr'):
+        s['min_lr'] = s['learning_rate'] / 10
+    found += values(s)
+    try:
+        opened['data'] = dataset.open_dataset(s['dataset'], max(1, s['block_size']))
+    except UserError as error:
+        return found + [error.message]
+    if opened['resume']:
+        found += _foreign_data(*opened['resume'], opened['data'])
+    if s['init_from'] in GPT2_SIZES and opened['data'].tokenizer['kind'] != 'gpt2':
+        found.append(f'dataset {s["dataset"]} is tokenized by {opened["data"].tokenizer["kind"]}, '
+                     f'{s["init_from"]} by gpt2; prepare it with --tokenizer=gpt2')
+    return found
+
+
+def _foreign_data(path, state, data):
+    """Return why the dataset cannot continue the checkpoint's run, in a list that is empty when it can."""
+    saved, size = state.get('tokenizer'), state['model_args'].get('vocab_size', 0)
+    if data.vocab_size > size:
+        return [f'checkpoint {path} has vocab_size {size}, dataset {data.name!r} has {data.vocab_size}']
+    if saved is not None and saved != data.tokenizer:
+        return [f'checkpoint {path} was trained with another tokenizer than dataset {data.name!r} has '
+                f'({saved["kind"]} of {state.get("data", {}).get("name", "?")}, now {data.tokenizer["kind"]})']
+    return []
+
+
+def changes(state, s):
+    """Return a line for what a resumed run does otherwise than the checkpoint's: its architecture, changed settings."""
+    lines = [f'{name}: {s[name]}, as in the checkpoint' for name in ARCHITECTURE
+             if s.origins[name].endswith('.pt')]
+    apart = {*ARCHITECTURE, 'init_from', 'out_dir', 'device', 'eval_only'}
+    lines += [f'{name}: checkpoint {old}, now {s[name]}' for name, old in state.get('config', {}).items()
+              if name in s and name not in apart and s[name] != old]
+    return lines

@@ -1,0 +1,310 @@
+"""The machine: device, precision, ranks, seeds, signals and peak speed. Nothing here knows about GPT."""
+import contextlib
+import datetime
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+_IMPORTED = time.time()
+DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+# Dense peak in TFLOP/s: (float16 and bfloat16 with float32 accumulation, float32), from the makers' data sheets and
+# architecture white papers. The first name that the device's name contains counts, so longer names stand first.
+PEAK_TFLOPS = {
+    'B200': (2250, 75), 'H200': (989, 67), 'H100 PCIe': (756, 51), 'H100 NVL': (835, 60), 'H100': (989, 67),
+    'A100': (312, 19.5), 'L40S': (362, 91.6), 'L4': (121, 30.3), 'A10': (125, 31.2), 'T4': (65, 8.1),
+    'V100': (125, 15.7), 'MI300X': (1307, 163.4),
+    'GTX 1080 Ti': (11.3, 11.3), 'GTX 1080': (8.9, 8.9), 'GTX 1070 Ti': (8.2, 8.2), 'GTX 1070': (6.5, 6.5),
+    'GTX 1060': (4.4, 4.4), 'GTX 1050 Ti': (2.1, 2.1), 'GTX 1050': (1.9, 1.9),
+    'RTX 2080 Ti': (53.8, 13.4), 'RTX 2080 SUPER': (44.6, 11.2), 'RTX 2080': (40.3, 10.1),
+    'RTX 2070 SUPER': (36.3, 9.1), 'RTX 2070': (29.9, 7.5), 'RTX 2060 SUPER': (28.7, 7.2), 'RTX 2060': (25.8, 6.5),
+    'RTX 3090 Ti': (80, 40), 'RTX 3090': (71, 35.6), 'RTX 3080 Ti': (68.2, 34.1), 'RTX 3080': (59.5, 29.8),
+    'RTX 3070 Ti': (43.5, 21.7), 'RTX 3070': (40.6, 20.3), 'RTX 3060 Ti': (32.4, 16.2), 'RTX 3060': (25.5, 12.7),
+    'RTX 4090': (165.2, 82.6), 'RTX 4080 SUPER': (104.4, 52.2), 'RTX 4080': (97.5, 48.7),
+    'RTX 4070 Ti SUPER': (88.2, 44.1), 'RTX 4070 Ti': (80.2, 40.1), 'RTX 4070 SUPER': (71, 35.5),
+    'RTX 4070': (58.3, 29.1), 'RTX 4060 Ti': (44.1, 22.1), 'RTX 4060': (30.2, 15.1),
+    'RTX 5090': (209.5, 104.8), 'RTX 5080': (112.6, 56.3), 'RTX 5070 Ti': (87.9, 43.9), 'RTX 5070': (61.7, 30.9),
+    'RTX 5060 Ti': (47.4, 23.7), 'RTX 5060': (38.4, 19.2),
+}
+
+
+@dataclass
+class Runtime:
+    """Where and how this process computes. `dtype` is that of the matrix products."""
+    device: torch.device
+    dtype: torch.dtype
+    compile: bool
+    why: str  # one phrase for the banner: how device, dtype and compile were chosen
+    rank: int = 0
+    local_rank: int = 0
+    world_size: int = 1
+
+    @property
+    def master(self):
+        return self.rank == 0
+
+    def autocast(self):
+        """Return the context that the model's forward pass runs in."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def synchronize(self):
+        """Wait for the device, so that a clock read next tells the truth."""
+        if self.device.type == 'cuda':
+            torch.cuda.synchronize()
+        elif self.device.type == 'mps':
+            torch.mps.synchronize()
+
+    def put(self, *tensors):
+        """Move CPU tensors to the device; on CUDA from pinned memory, without waiting."""
+        if self.device.type == 'cuda':
+            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
+        return tuple(t.to(self.device) for t in tensors)
+
+    def maximum(self, *numbers):
+        """Return the numbers as their maxima over all ranks; how ranks agree on a clock, a signal or a failure."""
+        if self.world_size == 1:
+            return numbers
+        agreed = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(agreed, op=dist.ReduceOp.MAX)
+        return tuple(agreed.tolist())
+
+    def total(self, *numbers):
+        """Return the numbers summed over all ranks."""
+        if self.world_size == 1:
+            return numbers
+        summed = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(summed)
+        return tuple(summed.tolist())
+
+    def rng_states(self):
+        """Return the random states of all ranks, a dict of ByteTensors each, for a checkpoint; every rank calls it."""
+        mine = {'cpu': torch.get_rng_state()}
+        if self.device.type == 'cuda':
+            mine['cuda'] = torch.cuda.get_rng_state(self.device)
+        if self.world_size == 1:
+            return [mine]
+        everyone = [None] * self.world_size
+        dist.all_gather_object(everyone, mine)
+        return everyone
+
+    def set_rng_state(self, states):
+        """Restore this rank's state from a checkpoint; returns whether all that is needed was there."""
+        mine = states[self.rank] if states and self.rank < len(states) else {}
+        if 'cpu' in mine:
+            torch.set_rng_state(mine['cpu'])
+        if 'cuda' in mine and self.device.type == 'cuda':
+            torch.cuda.set_rng_state(mine['cuda'], self.device)
+        return 'cpu' in mine and (self.device.type != 'cuda' or 'cuda' in mine) and len(states) == self.world_size
+
+
+def process_start():
+    """Return when this process began (seconds since the epoch), imports included where the system tells."""
+    try:
+        with open('/proc/self/stat', encoding='utf-8') as f:
+            ticks = int(f.read().rsplit(')', 1)[1].split()[19])
+        with open('/proc/uptime', encoding='utf-8') as f:
+            uptime = float(f.read().split()[0])
+        return time.time() - uptime + ticks / os.sysconf('SC_CLK_TCK')
+    except (OSError, ValueError, IndexError, AttributeError):
+        return _IMPORTED
+
+
+def pick_device():
+    """Return the best kind of device there is: cuda, mps or cpu."""
+    if torch.cuda.is_available():
+        return 'cuda'
+    return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def device_problem(name):
+    """Return why `name` cannot be used as a device here, or ''."""
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        return f'device={name!r}: expected cpu, mps, cuda or cuda:N'
+    if device.type == 'cuda' and not torch.cuda.is_available():
+        return f'device={name}: no CUDA here; use --device=cpu or mps'
+    if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
+        return f'device={name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0'
+    if device.type == 'mps' and not torch.backends.mps.is_available():
+        return 'device=mps: no MPS here; use --device=cpu'
+    return ''
+
+
+def native_bf16():
+    """True where this CPU multiplies bfloat16 in hardware; elsewhere torch would emulate it, slowly."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def pick_dtype(device):
+    """Return (name of the fastest safe dtype on `device`, why).
+
+    bfloat16 needs compute capability 8.0: below that `is_bf16_supported()` counts emulation, slower than float32.
+    """
+    if device.type == 'cuda':
+        if torch.version.hip:
+            return 'bfloat16', 'ROCm'
+        major, minor = torch.cuda.get_device_capability(device)
+        name = 'bfloat16' if major >= 8 else 'float16' if major == 7 else 'float32'
+        return name, f'compute capability {major}.{minor}'
+    if device.type == 'cpu' and native_bf16():
+        return 'bfloat16', 'this CPU has bfloat16 instructions'
+    return 'float32', f'safe on {device.type}'
+
+
+def start(settings):
+    """Set up the process from the settings device, dtype, compile and, in train.py, backend and seed; returns Runtime.
+
+    Joins the other ranks when torchrun started this process.
+    """
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    local_rank = int(os.environ.get('LOCAL_RANK', 0))
+    device = torch.device(settings['device'])
+    if world_size > 1:
+        if device.type == 'cuda':
+            device = torch.device('cuda', local_rank)
+        backend = settings['backend'] if settings.given('backend') else 'cpu:gloo,cuda:nccl'
+        dist.init_process_group(backend if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(seconds=600))
+    if device.type == 'cuda':
+        torch.cuda.set_device(device)
+    name, reason = (settings['dtype'], 'as asked') if settings.given('dtype') else pick_dtype(device)
+    if settings.given('compile'):
+        compiled = settings['compile']
+    else:  # below 7.0 Triton has no code; on CPU and MPS compiling costs more than the minutes at hand give back
+        compiled = device.type == 'cuda' and os.name != 'nt' and torch.cuda.get_device_capability(device)[0] >= 7
+    torch.manual_seed(settings['seed'])
+    why = f'{device}, {name} ({reason}), compile {"on" if compiled else "off"}'
+    return Runtime(device, DTYPES[name], compiled, why, rank, local_rank, world_size)
+
+
+def wrap(model, runtime, parallel):
+    """Return `model` ready for several ranks, whose gradients are then averaged; as it is for one."""
+    if runtime.world_size == 1:
+        return model
+    ids = [runtime.device.index] if runtime.device.type == 'cuda' else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def average_gradients(model, on):
+    """Say whether the next backward pass averages gradients over the ranks, which only the last micro-step needs."""
+    if isinstance(model, torch.nn.parallel.DistributedDataParallel):
+        model.require_backward_grad_sync = on
+
+
+def compile_or_fall_back(model, runtime, explicit, try_step):
+    """Return `model` compiled where the runtime says so.
+
+    try_step(model) runs one training step's forward and backward; if it fails, an explicit wish is an error and an
+    automatic choice falls back to eager, saying why in one line. Random state and gradients are as before.
+    """
+    if not runtime.compile:
+        return model
+    compiled, states = torch.compile(model), runtime.rng_states()
+    if explicit:
+        return compiled
+    try:
+        try_step(compiled)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [''])[0][:200]
+        print(f'compile failed ({type(error).__name__}: {reason}); going on without it', file=sys.stderr)
+        torch._dynamo.reset()
+        compiled = model
+    model.zero_grad(set_to_none=True)
+    runtime.set_rng_state(states)
+    return compiled
+
+
+def finish():
+    """Leave the group of ranks, if this process is in one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def measured_flops(device, dtype):
+    """Return the FLOP/s of a matrix product of 1024 x 1024 x 1024, the best of several."""
+    a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(device, dtype)  # leaves dropout's be
+    best = float('inf')
+    for _ in range(6):
+        began = time.perf_counter()
+        float((a @ a)[0, 0])  # reading a number waits for the device
+        best = min(best, time.perf_counter() - began)
+    return 2 * 1024**3 / best
+
+
+def peak_flops(runtime, override=0.0):
+    """Return the device's peak in FLOP/s in the dtype used: `override` (TFLOP/s), the table's, or a measured one."""
+    if override:
+        return override * 1e12
+    if runtime.device.type == 'cuda':
+        name = torch.cuda.get_device_name(runtime.device)
+        for known, (half, full) in PEAK_TFLOPS.items():
+            if known in name:
+                return (full if runtime.dtype == torch.float32 else half) * 1e12
+    return measured_flops(runtime.device, runtime.dtype)
+
+
+class Late:
+    """Reads small tensors off the device: at once on the CPU, one call late on CUDA, so that no call waits.
+
+    The first call on CUDA, with nothing to tell yet, returns zeros.
+    """
+
+    def __init__(self, runtime):
+        self.cuda, self.before = runtime.device.type == 'cuda', None
+
+    def __call__(self, tensor):
+        if not self.cuda:
+            return tensor.tolist()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        late, self.before = self.before, (host, copied)
+        if late is None:
+            return [0.0] * len(tensor)
+        late[1].synchronize()
+        return late[0].tolist()
+
+
+class Signals:
+    """Remembers that USR1, INT or TERM came; training asks at each step. A second INT quits at once.
+
+    As a context manager it restores the handlers that were there before.
+    """
+    LEVELS = {'SIGUSR1': 1, 'SIGINT': 2, 'SIGTERM': 3}  # ranks agree on the highest that any of them got
+
+    def __init__(self):
+        self.level, self._before = 0, {}
+
+    def __enter__(self):
+        for name in self.LEVELS:
+            if hasattr(signal, name):
+                number = getattr(signal, name)
+                with contextlib.suppress(ValueError):  # outside the main thread none can be caught
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def name(self, level):
+        """Return what a level is called, as in 'SIGTERM'."""
+        return next(name for name, number in self.LEVELS.items() if number == level)
+
+    def number(self, level):
+        """Return a level's signal number; 128 more is the exit status that shells expect."""
+        return int(getattr(signal, self.name(level)))
+
+    def _note(self, number, frame):
+        self.level = max(self.level, self.LEVELS[signal.Signals(number).name])
+        if number == signal.SIGINT:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            os.write(2, b'\nfinishing this step and saving; press Ctrl-C again to quit without saving\n')

@@ -1,0 +1,79 @@
+"""What tests share: running a script in this process, and a tiny dataset."""
+import contextlib
+import hashlib
+import json
+import os
+import runpy
+import string
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+REPO = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(REPO))
+torch.set_num_threads(1)  # tiny models; threads only wait for each other
+os.environ.setdefault('OMP_NUM_THREADS', '1')  # in the processes that tests start
+
+TINY = ['--device=cpu', '--dtype=float32', '--n_layer=2', '--n_head=2', '--n_embd=16', '--block_size=8',
+        '--batch_size=4', '--gradient_accumulation_steps=1', '--max_iters=6', '--eval_interval=4', '--eval_iters=2', '--warmup_iters=2',
+        '--learning_rate=1e-2']
+
+
+class Outcome:
+    """How a script ended: exit status, stdout, stderr, and its globals."""
+
+    def __init__(self, status, out, err, scope):
+        self.status, self.out, self.err, self.scope = status, out, err, scope
+
+    @property
+    def last_error(self):
+        return self.err.strip().splitlines()[-1] if self.err.strip() else ''
+
+
+@pytest.fixture
+def run(capfd, monkeypatch):
+    """run('train.py', '--max_iters=2', ...) runs a script of the repository in this process; returns an Outcome."""
+    def run(script, *args):
+        capfd.readouterr()
+        monkeypatch.setattr(sys, 'argv', [script, *map(str, args)])
+        status, scope = 0, {}
+        try:
+            scope = runpy.run_path(str(REPO / script), run_name='__main__')
+        except SystemExit as end:
+            status = end.code if isinstance(end.code, int) else 0 if end.code is None else 1
+            if isinstance(end.code, str):
+                print(end.code, file=sys.stderr)
+        finally:
+            with contextlib.suppress(Exception):
+                torch.set_rng_state(torch.Generator().manual_seed(0).get_state())
+        captured = capfd.readouterr()
+        return Outcome(status, captured.out, captured.err, scope)
+    return run
+
+
+def write_dataset(folder, ids, val_ids=None, chars=string.ascii_letters[:16], n_bytes=True):
+    """Write a character dataset of token ids as prepare.py would; returns its folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    splits = {}
+    for name, tokens in (('train', ids), ('val', ids if val_ids is None else val_ids)):
+        tokens = np.asarray(tokens, dtype='<u2')
+        (folder / f'{name}.bin').write_bytes(tokens.tobytes())
+        splits[name] = {'n_tokens': len(tokens), 'n_bytes': len(tokens) if n_bytes else 0,
+                        'max_id': int(tokens.max()) if len(tokens) else 0,
+                        'sha256': hashlib.sha256(tokens.tobytes()).hexdigest()}
+    meta = {'format': 1, 'tokenizer': {'kind': 'char', 'chars': chars}, 'vocab_size': len(chars), 'dtype': 'uint16', 'splits': splits}
+    (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
+    return folder
+
+
+@pytest.fixture
+def workdir(tmp_path, monkeypatch):
+    """A working directory with a dataset data/tiny: 2000 tokens, 16 characters, each following from the last."""
+    rng = np.random.default_rng(0)
+    ids = np.cumsum(rng.integers(1, 4, 2000)) % 16
+    write_dataset(tmp_path / 'data' / 'tiny', ids, ids[:400])
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,0 +1,354 @@
+"""Train a GPT.
+
+    python train.py config/train_shakespeare_char.py                    on whatever this machine has
+    python train.py config/train_shakespeare_char.py --device=cpu       three minutes on two cores
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+    python train.py --help                                              every setting
+
+Any setting below is overridden by Python config files and by --key=value, which wins. Ctrl-C saves and says how to
+go on. The model is in model.py; with this file open beside it you see all of one training step.
+"""
+import math
+import time
+
+import torch
+
+from configurator import UserError, configure
+from lib import checkpoint, models, preflight, report, runtime
+from lib.dataset import eval_starts, eval_windows, train_starts
+from lib.optim import make_optimizer, restore
+from model import GPT, GPTConfig
+
+# output
+out_dir = 'out'  # folder for checkpoints and log.jsonl, relative to the working directory
+eval_interval = 2000  # updates between evaluations, each of which saves
+log_interval = 1  # updates between printed lines
+eval_iters = 200  # batches an evaluation reads from each split
+eval_only = False  # evaluate the whole validation split, print, write nothing, end
+always_save_checkpoint = False  # ckpt.pt holds the newest model instead of the best
+init_from = 'scratch'  # scratch | resume | auto (resume if there is a checkpoint) | gpt2* | a folder with GPT-2 weights
+patience = 0  # stop after so many evaluations without a better validation loss; 0 off
+sample_interval = 0  # evaluations between short samples in the log; 0 off
+
+# tracking
+wandb_log = False  # send the log to wandb
+wandb_project = 'owt'  # wandb project
+wandb_run_name = 'gpt2'  # wandb run name
+tensorboard_log = False  # write TensorBoard event files into out_dir
+
+# data
+dataset = 'openwebtext'  # folder under data/
+data_order = 'epochs'  # epochs (every window once an epoch) | random (crops anywhere, as nanoGPT draws them)
+gradient_accumulation_steps = 5 * 8  # micro-batches an update, over all ranks together
+batch_size = 12  # sequences in a micro-batch
+block_size = 1024  # context, tokens
+total_batch_tokens = 0  # tokens an update: derives gradient_accumulation_steps; 0 off
+
+# model
+n_layer = 12  # blocks
+n_head = 12  # attention heads
+n_embd = 768  # width
+dropout = 0.0  # 0 for pretraining, 0.1 or more where data is short
+bias = False  # biases in Linear and LayerNorm, as in GPT-2
+pos = 'learned'  # learned | rope
+norm = 'layernorm'  # layernorm | rmsnorm
+mlp = 'gelu'  # gelu | relu2 | swiglu
+qk_norm = False  # normalise queries and keys
+tie_weights = True  # share the embedding with the output head
+softcap = 0.0  # keep logits within +-softcap; 0 off
+lora_rank = 0  # train low-rank adapters of this rank instead of the matrices; 0 off
+checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more time
+
+# optimizer
+optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)
+learning_rate = 6e-4  # AdamW's peak
+muon_lr = 0.02  # Muon's peak
+max_iters = 600000  # updates
+max_minutes = 0.0  # train by the clock, from process start; 0 off. --max_iters switches it off
+weight_decay = 1e-1  # on 2-D parameters
+beta1 = 0.9  # AdamW
+beta2 = 0.95  # AdamW
+grad_clip = 1.0  # largest gradient norm; 0 off
+
+# schedule
+decay_lr = True  # False keeps learning_rate
+lr_schedule = 'cosine'  # cosine | wsd (constant, then a linear cool-down)
+warmup_iters = 2000  # updates of linear warm-up
+lr_decay_iters = 600000  # cosine's length in updates; follows max_iters unless given
+min_lr = 6e-5  # where the schedule ends; a tenth of learning_rate unless given
+cooldown_frac = 0.5  # wsd: share of the run that cools down
+
+# machine
+device = 'auto'  # cpu | cuda | cuda:1 | mps; the best there is unless given
+dtype = 'auto'  # float32 | bfloat16 | float16; what the device does fast and safely unless given
+compile = True  # torch.compile; where it pays unless given
+backend = 'nccl'  # torch.distributed backend; nccl on CUDA and gloo on CPU unless given
+parallel = 'ddp'  # ddp | fsdp (shards a model that does not fit one GPU)
+peak_tflops = 0.0  # the device's peak for MFU; 0 looks it up or measures it
+seed = 1337  # of weights, data order and dropout
+
+
+def lr_factor(iter_num, done, floor):
+    """Return the learning rate at update `iter_num` as a share of its peak; one factor serves AdamW and Muon.
+
+    done: share of the schedule that is past. floor: the share it ends at.
+    """
+    if not decay_lr:
+        return 1.0
+    warmup = (iter_num + 1) / (warmup_iters + 1)
+    if lr_schedule == 'wsd':
+        return min(warmup, floor + (1 - floor) * min(1.0, (1 - done) / cooldown_frac), 1.0)
+    if iter_num < warmup_iters:
+        return warmup
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def best_step(history):
+    """Return the step of the evaluation with the lowest validation loss; history: [step, train loss, val loss] each."""
+    return min(history, key=lambda h: h[2])[0] if history else 0
+
+
+def evaluations_since_best(history):
+    """Return how many evaluations came after the best one."""
+    return sum(h[0] > best_step(history) for h in history)
+
+
+def overfitting(history, rises=3):
+    """True once validation loss has risen `rises` times in a row while training loss fell; said once a spell."""
+    def worse(i):
+        return history[i][2] > history[i - 1][2] and history[i][1] < history[i - 1][1]
+    last = len(history) - 1
+    spell = last >= rises and all(worse(i) for i in range(last, last - rises, -1))
+    return spell and not (last > rises and worse(last - rises))
+
+
+@torch.no_grad()
+def mean_loss(fast, model, rt, batches):
+    """Return the mean cross-entropy in nats over the targets of `batches`, which the ranks have shared out.
+
+    fast: the compiled model, for batches of the shape it was compiled for. model: the same, for the odd one out.
+    """
+    model.eval()
+    nats, count = torch.zeros((), device=rt.device), 0
+    for idx, targets in batches:
+        usual = idx.shape == (batch_size, block_size)
+        with rt.autocast():
+            loss = (fast if usual else model)(*rt.put(idx, targets))[1]
+        nats, count = nats + loss * targets.numel(), count + targets.numel()
+    model.train()
+    nats, count = rt.total(float(nats), count)
+    return nats / count
+
+
+def bits_per_byte(loss, split, n_targets):
+    """Return `loss` (nats a token over n_targets tokens) in bits per byte of the split's text; None if unknown."""
+    return loss * n_targets / (math.log(2) * split.n_bytes) if split.n_bytes else None
+
+
+def whole_losses(fast, model, rt, data):
+    """Return ([train, val] loss, val bits per byte) over whole splits; of a long train split 2**20 tokens, spread."""
+    losses = [mean_loss(fast, model, rt, eval_windows(split, block_size, batch_size, rt.rank, rt.world_size, most))
+              for split, most in ((data.train, 2**20), (data.val, None))]
+    return losses, bits_per_byte(losses[1], data.val, len(data.val) - 1)
+
+
+def main():
+    opened = {}  # what preflight reads on its way: the dataset, and the checkpoint to resume
+    settings = configure(globals(), early={'device': runtime.pick_device}, check=lambda s: preflight.check(s, opened))
+    data, resumed = opened['data'], opened['resume']
+    rt = runtime.start(settings)
+    say = report.say if rt.master else lambda line, bar=None: None
+    writes = rt.master and not eval_only
+    lock = checkpoint.claim(out_dir) if writes else None
+    if writes and not resumed and (old := checkpoint.put_aside(out_dir)):
+        say(f'{out_dir} held an earlier run; its files are now in {old}')
+
+    # the model: from a checkpoint, from scratch, or from GPT-2's weights
+    if resumed:
+        path, state = resumed
+        model = models.build(state, path, dropout=dropout)
+    elif init_from in ('scratch', 'auto'):
+        vocab_size = 50304 if data.tokenizer['kind'] == 'gpt2' else data.vocab_size  # 50257, padded for speed
+        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, pos, norm, mlp, qk_norm,
+                              tie_weights, softcap))
+    else:
+        model = models.pretrained(init_from, dropout=dropout, block_size=block_size)
+    model.checkpoint_activations = checkpoint_activations
+    model.to(rt.device).train()
+    opt = make_optimizer(optimizer, model.param_groups(weight_decay, matrices_apart=optimizer == 'muon'),
+                         learning_rate, muon_lr, (beta1, beta2), rt.device.type)
+    scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
+    micro_tokens = batch_size * block_size
+    micro_steps = total_batch_tokens // micro_tokens or gradient_accumulation_steps  # of all ranks together
+    tokens_per_iter = micro_steps * micro_tokens
+    say(f'{rt.why}; {rt.world_size} processes' if rt.world_size > 1 else rt.why)
+    say(f'number of parameters: {model.num_params() / 1e6:.2f}M')
+    say(f'tokens per iteration: {tokens_per_iter:,} ({len(data.train) / tokens_per_iter:,.0f} iterations an epoch)')
+
+    # where training stands; a checkpoint holds all of it
+    iter_num, tokens_seen, minutes_before, best_val_loss, history, wandb_id = 0, 0, 0.0, math.inf, [], ''
+    if resumed:
+        iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
+        tokens_seen = state.get('tokens_seen', iter_num * tokens_per_iter)
+        minutes_before, history = state.get('minutes', 0.0), state.get('history', [])
+        wandb_id = state.get('wandb_id', '')
+        for line in preflight.changes(state, settings):
+            say(line)
+        if not eval_only:
+            say(f'resuming from iter {iter_num} ({path})')
+            restore(opt, state['optimizer'], path)
+            if state.get('scaler'):
+                scaler.load_state_dict(state['scaler'])
+
+    def try_step(compiled):
+        starts = eval_starts(len(data.train), block_size, 1, batch_size)[0]
+        with rt.autocast():
+            compiled(*rt.put(*data.train.batch(starts, block_size)))[1].backward()
+
+    fast = runtime.compile_or_fall_back(model, rt, settings.given('compile'), try_step)
+    net = runtime.wrap(fast, rt, parallel)
+
+    if eval_only:
+        losses, bpb = whole_losses(fast, model, rt, data)
+        say(report.step_line(iter_num, *losses, bpb))
+        runtime.finish()
+        return
+
+    torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
+    if resumed and not rt.set_rng_state(state.get('rng')):
+        report.warn(f'{path} has no random state for this many processes on this device: resuming is not exact')
+    resumed = state = None  # frees the checkpoint's tensors
+    log = f'{out_dir}/log.jsonl'
+    if rt.master:
+        report.trim_log(log, iter_num, history[-1][0] if history else -1)
+    track, wandb_id = report.open_trackers(settings, out_dir, wandb_id) if rt.master else (lambda *_: None, '')
+    peak_flops = runtime.peak_flops(rt, peak_tflops)
+
+    # the schedule's axis: the clock, or updates
+    by_clock = max_minutes > 0 and not settings.by_flag('max_iters')
+    time_limit = max_minutes if by_clock or settings.by_flag('max_minutes') else 0.0
+    start = runtime.process_start()
+
+    def clock():
+        return minutes_before + (time.time() - start) / 60
+
+    def snapshot():
+        """Return the checkpoint: nanoGPT's six keys, then what exact resuming and sampling need; all ranks call it."""
+        return {'model': model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': model.config.model_args(),
+                'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(settings),
+                'format': checkpoint.FORMAT, 'tokenizer': data.tokenizer, 'data': data.fingerprint(),
+                'rng': rt.rng_states(), 'scaler': scaler.state_dict(), 'tokens_seen': tokens_seen,
+                'minutes': clock(), 'history': history, 'wandb_id': wandb_id}
+
+    def save(also_ckpt, must):
+        """Write last.pt, and ckpt.pt as the same file; a failure is an error where `must`, else a warning."""
+        state, failure = snapshot(), ''
+        if rt.master:
+            try:
+                say(f'saving checkpoint to {out_dir}')
+                checkpoint.save(f'{out_dir}/last.pt', state, keep_previous=True,
+                                also=f'{out_dir}/ckpt.pt' if also_ckpt else None)
+            except UserError as error:
+                failure = error.message
+                report.warn(failure)
+        if rt.maximum(bool(failure))[0] and must:
+            raise UserError(failure or 'rank 0 could not save')
+
+    bar = report.progress_bar(100, show=rt.master)
+    read_late, seconds, skipped, status = runtime.Late(rt), None, 0, 0
+    with runtime.Signals() as signals:
+        while True:
+            minutes, level = rt.maximum(clock(), signals.level)  # every rank goes by the same clock and signal
+            done = minutes / max_minutes if by_clock else iter_num / max(1, max_iters)
+            stalled = patience > 0 and evaluations_since_best(history) >= patience
+            last = done >= 1 or stalled or 0 < time_limit <= minutes
+
+            # once in a while: evaluate and save
+            if (iter_num % eval_interval == 0 or last) and (not history or history[-1][0] < iter_num):
+                losses = [mean_loss(fast, model, rt, (split.batch(starts, block_size) for starts in
+                                                      eval_starts(len(split), block_size, eval_iters, batch_size)
+                                                      [rt.rank::rt.world_size]))
+                          for split in (data.train, data.val)]
+                better, best_val_loss = losses[1] < best_val_loss, min(losses[1], best_val_loss)
+                history.append([iter_num, *losses])
+                bpb = bits_per_byte(losses[1], data.val, len(data.val))
+                record = {'step': iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
+                          'minutes': clock()}
+                if last:  # the whole split is what other programs' numbers are compared with
+                    losses, bpb = whole_losses(fast, model, rt, data)
+                    record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
+                say(report.step_line(iter_num, *losses, bpb), bar)
+                if rt.master:
+                    report.append_log(log, record)
+                    track({f'eval/{k}': v for k, v in record.items()}, iter_num)
+                if overfitting(history):
+                    report.warn('overfitting: validation loss has risen for several evaluations while training loss '
+                                f'fell; ckpt.pt keeps iter {best_step(history)}')
+                save(also_ckpt=better or always_save_checkpoint, must=last)
+            if last:
+                break
+            if level:
+                save(also_ckpt=always_save_checkpoint or len(history) < 2, must=level > 1)
+                name = signals.name(level)
+                say(f'{name}: saved iter {iter_num} to {out_dir}', bar)
+                if level > 1:
+                    say('to go on, give the same command with --init_from=resume')
+                    status = 128 + signals.number(level)
+                    break
+                signals.level = 0
+
+            # one update: forward, backward, clip, step
+            factor = lr_factor(iter_num, done, min_lr / learning_rate if learning_rate else 0.0)
+            for group in opt.param_groups:
+                group['lr'] = group['peak'] * factor
+            logged = iter_num % log_interval == 0
+            if logged:
+                rt.synchronize()
+            began = time.perf_counter()
+            loss_sum = 0.0
+            for micro in range(rt.rank, micro_steps, rt.world_size):
+                starts = train_starts(data_order, seed, len(data.train), block_size,
+                                      tokens_seen // block_size + micro * batch_size, batch_size)
+                idx, targets = rt.put(*data.train.batch(starts, block_size))  # (B, T) each
+                runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
+                with rt.autocast():
+                    loss = net(idx, targets)[1] * rt.world_size / micro_steps  # gradients end as the mean of all
+                scaler.scale(loss).backward()
+                loss_sum = loss_sum + loss.detach()
+            scaler.unscale_(opt)
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            if not scaler.is_enabled():  # else the scaler does the same
+                opt.found_inf = (~torch.isfinite(loss_sum + grad_norm)).float()  # the update reads it on the device
+            scaler.step(opt)
+            scaler.update()
+            opt.zero_grad(set_to_none=True)
+
+            # nothing that is not finite has reached the weights; the host learns of it without waiting for the device
+            seen_loss, seen_norm = read_late(torch.stack([loss_sum, grad_norm]))
+            skipped = 0 if math.isfinite(seen_loss + seen_norm) else skipped + 1
+            if skipped > (20 if scaler.is_enabled() else 0):
+                raise UserError(report.not_finite(rt, iter_num, seen_loss, seen_norm, best_step(history), out_dir))
+            if logged:
+                rt.synchronize()
+                dt = time.perf_counter() - began
+                seconds = dt if seconds is None else 0.9 * seconds + 0.1 * dt
+                left = max_minutes - minutes if by_clock else seconds * (max_iters - iter_num - 1) / 60
+                loss = rt.total(float(loss_sum))[0] / rt.world_size
+                record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
+                          'tok_s': tokens_per_iter / dt, 'minutes': clock(),
+                          'mfu': model.mfu(tokens_per_iter / dt / rt.world_size, peak_flops)}
+                say(report.iter_line(record, dt, left), bar)
+                if rt.master:
+                    report.append_log(log, record)
+                    track({f'train/{k}': v for k, v in record.items()}, iter_num)
+                    report.advance(bar, done, loss, best_val_loss, record['tok_s'], left)
+            iter_num, tokens_seen = iter_num + 1, tokens_seen + tokens_per_iter
+    bar.close()
+    runtime.finish()
+    del lock  # held until here
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == '__main__':
+    main()
