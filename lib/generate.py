@@ -3,6 +3,7 @@
 Shapes: B samples, all of one prompt, V tokens the tokenizer knows (a model may be padded with more), K candidates.
 """
 import codecs
+from itertools import islice
 
 import torch
 
@@ -140,20 +141,17 @@ def complete(model, tok, prompt, num_samples, max_new_tokens, *, stop='', live=F
     prompt: ids. stop: text that ends a sample and is left out, as is a character cut off at the end; '' is none.
     live: look at each token as it comes. UserError where the model's output is not a number.
     """
-    tails, steps = [Tail(tok, stop) for _ in range(num_samples)], []
+    tails, left = [Tail(tok, stop) for _ in range(num_samples)], max_new_tokens
     tokens = generate(model, prompt, num_samples, max_new_tokens, valid_vocab=tok.vocab_size, **rules)
-    for count, ids in enumerate(tokens, 1):
-        steps.append(ids)
-        last = count == max_new_tokens
-        if not (live or last or len(steps) == GLANCE):
-            continue
-        rows, steps = torch.stack(steps, 1).tolist(), []
-        for i, (tail, new) in enumerate(zip(tails, rows)):
-            if tail.done: 
+    while not all(tail.done for tail in tails):
+        steps = list(islice(tokens, 1 if live else GLANCE))
+        left -= len(steps)
+        rows = torch.stack(steps, dim=1).tolist() if steps else [[]] * num_samples
+        for i, (tail, ids) in enumerate(zip(tails, rows)):
+            if tail.done:
                 continue
-            if -1 in new:
-                raise UserError(f'the model computes NaN on {ids.device} in {model.lm_head.weight.dtype}; '
-                                'try --dtype=float32 or --device=cpu')
-            yield i, tail.feed(new, last), tail.done
-        if all(tail.done for tail in tails):
-            return
+            if -1 in ids:
+                weight = model.lm_head.weight
+                raise UserError(f'the model computes NaN in {weight.dtype} on {weight.device}; try --dtype=float32 or '
+                                '--device=cpu')
+            yield i, tail.feed(ids, last=left == 0), tail.done
