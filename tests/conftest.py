@@ -64,7 +64,8 @@ def write_dataset(folder, ids, val_ids=None, chars=string.ascii_letters[:16], n_
         splits[name] = {'n_tokens': len(tokens), 'n_bytes': len(tokens) if n_bytes else 0,
                         'max_id': int(tokens.max()) if len(tokens) else 0,
                         'sha256': hashlib.sha256(tokens.tobytes()).hexdigest()}
-    meta = {'format': 1, 'tokenizer': {'kind': 'char', 'chars': chars}, 'vocab_size': len(chars), 'dtype': 'uint16', 'splits': splits}
+    meta = {'format': 1, 'tokenizer': {'kind': 'char', 'chars': chars}, 'vocab_size': len(chars), 'dtype': 'uint16',
+            'splits': splits}
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     return folder
 
