@@ -85,8 +85,8 @@ def load(rt):
     """Return (model, tokenizer) as the settings ask for, on the device and in its dtype; UserError if unusable."""
     model, tok, state = models.open_model(init_from, out_dir)
     if models.has_nan(model):
-        raise UserError(f'checkpoint contains NaN (iter {state.get("iter_num", "unknown")}); use another, or train again '
-                        'with a lower learning_rate')
+        raise UserError(f'checkpoint contains NaN (iter {state.get("iter_num", "unknown")}); use another or train '
+                        'again with a lower learning_rate')
     if tok.vocab_size > model.config.vocab_size:
         raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) {tok.vocab_size}: '
                         'they do not belong together')

@@ -1,0 +1,337 @@
+"""lib/generate.py: the rules by their exact distributions, the cache by forward(), the text by what may be printed."""
+import math
+
+import pytest
+import torch
+
+from configurator import UserError
+from lib import generate as room
+from lib.generate import Tail, complete, draw, generate, narrow, penalize, pick
+from lib.tokenizer import ByteTokenizer
+from model import GPT, GPTConfig
+
+PROBS = [0.15, 0.4, 0.05, 0.3, 0.1]
+TOY = torch.tensor([PROBS]).log()  # (1, 5)
+MODERN = dict(pos='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False, softcap=15.0, bias=False)
+
+
+def tiny(vocab_size=13, block_size=8, **options):
+    """A GPT whose weights are large enough to have opinions."""
+    torch.manual_seed(0)
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=block_size, vocab_size=vocab_size)
+    model = GPT(GPTConfig(**sizes, **options)).eval()
+    for p in model.parameters():
+        if p.dim() == 2:
+            torch.nn.init.normal_(p, std=0.4)
+    return model
+
+
+def reciter(text, eot=None):
+    """A GPT over bytes that recites the distinct bytes of `text` in a circle, and its tokenizer."""
+    script = list(text.encode())
+    assert len(set(script)) == len(script)
+    model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=256, tie_weights=False)).eval()
+    with torch.no_grad():
+        for p in model.transformer.h.parameters():
+            p.zero_()  # the blocks add nothing: what comes next depends on the last byte alone
+        model.transformer.wpe.weight.zero_()
+        model.transformer.wte.weight.copy_(torch.eye(256))
+        model.lm_head.weight.zero_()
+        for here, there in zip(script, script[1:] + script[:1]):
+            model.lm_head.weight[there, here] = 100.0
+    tok = ByteTokenizer()
+    tok.eot = eot
+    return model, tok
+
+
+def written(model, tok, prompt, n, num_samples=1, **rules):
+    """The samples' texts."""
+    texts = [''] * num_samples
+    for i, piece, _ in complete(model, tok, tok.encode(prompt), num_samples, n, temperature=0, **rules):
+        texts[i] += piece
+    return texts
+
+
+def ids_of(model, prompt, num_samples, n, **rules):
+    """(B, n) generated ids."""
+    return torch.stack(list(generate(model, prompt, num_samples, n, **rules)), dim=1)
+
+
+def context(idx, prompt_length, block_size, kept):
+    """What the model should have in view before token len(idx), by replaying the slides from the prompt on."""
+    begin = max(0, prompt_length - block_size)
+    for end in range(prompt_length, len(idx) + 1):
+        if end - begin > block_size:
+            begin = end - kept
+    return idx[begin:]
+
+
+@pytest.fixture
+def seen_logits(monkeypatch):
+    """A list that gets the logits (B, V) of every step."""
+    steps = []
+
+    def listen(logits, *args, **rules):
+        steps.append(logits.clone())
+        return pick(logits, *args, **rules)
+    monkeypatch.setattr(room, 'pick', listen)
+    return steps
+
+
+# the rules
+
+def spread(logits, ids, size=5):
+    probs = torch.zeros(size)
+    probs[ids[0] if ids is not None else slice(None)] = logits.softmax(-1)[0]
+    return probs.tolist()
+
+
+@pytest.mark.parametrize('top_k, top_p, expected', [
+    (0, 1.0, PROBS), (5, 1.0, PROBS), (10, 1.0, PROBS),
+    (1, 1.0, [0, 1, 0, 0, 0]),
+    (2, 1.0, [0, 4 / 7, 0, 3 / 7, 0]),
+    (0, 0.39, [0, 1, 0, 0, 0]),
+    (0, 0.41, [0, 4 / 7, 0, 3 / 7, 0]),
+    (0, 0.71, [15 / 85, 40 / 85, 0, 30 / 85, 0]),
+    (0, 1e-9, [0, 1, 0, 0, 0]),
+    (2, 0.5, [0, 1, 0, 0, 0]),  # of the two that top-k leaves, 4/7 is already enough
+    (2, 0.6, [0, 4 / 7, 0, 3 / 7, 0]),
+])
+def test_top_k_then_top_p_leave_this_distribution(top_k, top_p, expected):
+    assert spread(*narrow(TOY, top_k, top_p)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_top_k_keeps_exactly_k_of_equal_logits():
+    assert narrow(torch.zeros(1, 5), 2, 1.0)[0].shape == (1, 2)
+
+
+def test_picks_follow_the_distribution_that_all_rules_make_together():
+    n, seen = 200_000, torch.tensor([[False, True, False, False, True]])
+    ids = pick(TOY.repeat(n, 1), seen.repeat(n, 1), torch.Generator().manual_seed(0),
+               repetition_penalty=1.5, temperature=0.5, top_k=3, top_p=0.8)
+    # the penalty makes p ** 1.5 of 0.4 and 0.1, the temperature squares: 0.0225, 0.064, 0.0025, 0.09, 0.001.
+    # top-k keeps 0.0225, 0.064 and 0.09; of these the last two hold 0.87, enough for top-p
+    odds = [0, 0.064, 0, 0.09, 0]
+    for got, p in zip((ids.bincount(minlength=5) / n).tolist(), [odd / sum(odds) for odd in odds]):
+        assert abs(got - p) <= 4.5 * math.sqrt(p * (1 - p) / n)
+
+
+def test_a_draw_never_has_probability_zero():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(100_000, 1)
+    assert set(draw(logits, torch.Generator().manual_seed(1)).tolist()) == {1, 3}
+
+
+def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
+    logits, seen = torch.tensor([[3.0, -3.0, 3.0, -3.0]]), torch.tensor([[True, True, False, False]])
+    assert penalize(logits, seen, 1.5).tolist() == [[2.0, -4.5, 3.0, -3.0]]
+
+
+def test_penalty_counts_prompt_and_generated_tokens():
+    model = tiny()
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.01)  # opinions so weak that a huge penalty on positive logits decides
+    ids = ids_of(model, [1, 2], 1, 5, temperature=0, repetition_penalty=1e9)[0].tolist()
+    logits, _ = model(torch.tensor([[1, 2]]))
+    order = [i for i in logits[0, -1].argsort(descending=True).tolist() if i not in (1, 2)]
+    assert ids[0] == order[0] and len(set(ids[:3])) == 3 and not {1, 2} & set(ids[:3])
+
+
+@pytest.mark.parametrize('top_k', [0, 1, 13, 18])
+def test_any_top_k_generates_known_tokens(top_k):
+    ids = ids_of(tiny(), [1], 3, 20, top_k=top_k)
+    assert ids.shape == (3, 20) and 0 <= ids.min() and ids.max() < 13
+
+
+@pytest.mark.parametrize('rule', [dict(top_k=1), dict(top_p=1e-9)])
+def test_one_candidate_is_greedy(rule):
+    assert torch.equal(ids_of(tiny(), [1], 2, 20, **rule), ids_of(tiny(), [1], 2, 20, temperature=0))
+
+
+def test_rules_leave_the_logits_as_they_were():
+    logits = TOY.clone()
+    pick(logits, torch.ones(1, 5, dtype=torch.bool), temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=2.0)
+    assert torch.equal(logits, TOY)
+
+
+# generation
+
+@pytest.mark.parametrize('options', [{}, MODERN], ids=['gpt2', 'modern'])
+@pytest.mark.parametrize('prompt', [[3], [5, 1, 12, 0, 7]], ids=['1', '5'])
+@torch.no_grad()
+def test_cached_logits_agree_with_forward_over_the_whole_prefix(seen_logits, options, prompt):
+    model = tiny(block_size=32, **options)
+    whole = torch.cat([torch.tensor(prompt).expand(3, -1), ids_of(model, prompt, 3, 33 - len(prompt))], dim=1)
+    assert len(seen_logits) == 33 - len(prompt)
+    for T, logits in enumerate(seen_logits, len(prompt)):
+        torch.testing.assert_close(logits, model(whole[:, :T])[0][:, 0], atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize('options', [{}, MODERN], ids=['gpt2', 'modern'])
+@pytest.mark.parametrize('length', [1, 7, 8, 20])
+@torch.no_grad()
+def test_greedy_is_argmax_of_forward_over_a_context_that_slides(options, length):
+    model, kept = tiny(**options), int(room.KEEP * 8)
+    idx = [(5 * i) % 13 for i in range(length)]
+    got = ids_of(model, list(idx), 2, 30, temperature=0)
+    for _ in range(30):
+        idx.append(int(model(torch.tensor([context(idx, length, 8, kept)]))[0][0, -1].argmax()))
+    assert got.tolist() == [idx[length:]] * 2
+
+
+@torch.no_grad()
+def test_each_sample_slides_over_its_own_text(seen_logits):
+    model, prompt = tiny(), [4, 2]
+    whole = torch.cat([torch.tensor(prompt).expand(3, -1), ids_of(model, prompt, 3, 20)], dim=1)
+    for T, logits in enumerate(seen_logits, 2):
+        for row, idx in zip(logits, whole):
+            want = model(context(idx[:T], 2, 8, int(room.KEEP * 8))[None])[0][0, -1]
+            torch.testing.assert_close(row, want, atol=1e-4, rtol=0)
+
+
+def test_a_context_of_one_token_works():
+    assert ids_of(tiny(block_size=1), [1, 2, 3], 2, 5).shape == (2, 5)
+
+
+def test_the_prompt_is_read_once_for_all_samples(monkeypatch):
+    model, shapes = tiny(), []
+    forward = model.forward
+    monkeypatch.setattr(model, 'forward', lambda idx, **more: shapes.append(tuple(idx.shape)) or forward(idx, **more))
+    ids_of(model, [1, 2, 3], 4, 3)
+    assert shapes == [(1, 3), (4, 1), (4, 1)]
+
+
+def test_samples_of_a_batch_differ():
+    assert len({tuple(row) for row in ids_of(tiny(), [1], 5, 20).tolist()}) == 5
+
+
+def test_the_seed_alone_decides_the_samples():
+    model = tiny()
+    first = ids_of(model, [1], 3, 20, seed=7)
+    torch.manual_seed(99)
+    same, other = (ids_of(model, [1], 3, 20, seed=seed) for seed in (7, 8))
+    assert torch.equal(first, same) and not torch.equal(first, other)
+
+
+def test_generating_leaves_the_global_random_state_alone():
+    model, before = tiny(), torch.get_rng_state()
+    ids_of(model, [1], 2, 5)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_temperature_zero_ignores_the_seed():
+    first, second = (ids_of(tiny(), [1], 1, 20, temperature=0, seed=seed) for seed in (1, 2))
+    assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize('rules', [dict(temperature=0), dict(temperature=5.0), dict(top_k=3), dict(top_p=0.9),
+                                   dict(repetition_penalty=1.3)])
+def test_padded_ids_are_never_picked_however_likely(rules):
+    model = tiny(vocab_size=16, tie_weights=False)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)  # rows of 100 / C then score 100 everywhere: the rest of x sums to 0
+        model.lm_head.weight[13:] = 100 / 16
+        assert float(model(torch.tensor([[1]]))[0][0, -1, 15]) == pytest.approx(100, abs=1e-3)
+    assert ids_of(model, [1], 4, 20, valid_vocab=13, **rules).max() < 13
+
+
+def test_weights_in_bfloat16_generate():
+    assert ids_of(tiny().to(torch.bfloat16), [1], 2, 20).max() < 13
+
+
+def test_generating_under_autocast_keeps_the_cache_in_its_dtype(monkeypatch):
+    dtypes = []
+
+    class Cache(room.KVCache):
+        def __init__(self, config, batch_size, device, dtype):
+            super().__init__(config, batch_size, device, dtype)
+            dtypes.append(dtype)
+    monkeypatch.setattr(room, 'KVCache', Cache)
+    with torch.autocast('cpu', dtype=torch.bfloat16):
+        ids_of(tiny(), [1], 2, 12)
+    assert set(dtypes) == {torch.bfloat16}
+
+
+# text
+
+def test_a_piece_holds_whole_characters_only():
+    model, tok = reciter('né中🙂x')
+    pieces = [piece for _, piece, _ in complete(model, tok, tok.encode('x'), 1, 11, temperature=0, live=True)]
+    assert pieces == ['n', '', 'é', '', '', '中', '', '', '', '🙂', 'x']
+
+
+def test_a_character_cut_off_at_the_end_is_left_out():
+    assert written(*reciter('né中🙂x'), 'x', 9) == ['né中']
+
+
+def test_bytes_that_are_no_text_become_replacement_characters():
+    assert Tail(ByteTokenizer()).feed([0xFF, 0x61, 0xE4, 0x61]) == '�a�a'
+
+
+@pytest.mark.parametrize('live', [True, False])
+@pytest.mark.parametrize('stop, expected', [
+    ('def', 'abc'), ('d', 'abc'), ('a', ''), ('h', 'abcdefg'), ('dex', 'abcdefgh'), ('hi', 'abcdefgh'), ('', 'abcdefgh')])
+def test_stop_cuts_across_token_borders(stop, expected, live):
+    assert written(*reciter('abcdefgh'), 'h', 8, stop=stop, live=live) == [expected]
+
+
+def test_stop_may_begin_inside_one_token_and_end_in_another():
+    tail = Tail(ByteTokenizer(), 'END')
+    pieces = [tail.feed(list(chunk)) for chunk in (b'so E', b'N E', b'ND and on')]
+    assert (pieces, tail.done) == (['so ', 'EN ', ''], True)
+
+
+def test_stop_of_several_byte_characters_is_found():
+    assert written(*reciter('né中🙂x'), 'x', 11, stop='中🙂', live=True) == ['né']
+
+
+def test_no_piece_holds_a_part_of_the_stop_string():
+    model, tok = reciter('abcdefgh')
+    pieces = [piece for _, piece, _ in complete(model, tok, [ord('h')], 1, 8, temperature=0, stop='def', live=True)]
+    assert pieces == ['a', 'b', 'c', '', '', '']
+
+
+def test_a_stop_string_in_the_prompt_does_not_count():
+    assert written(*reciter('abcdefgh'), 'abc', 3, stop='c') == ['def']
+
+
+@pytest.mark.parametrize('live', [True, False])
+def test_end_of_text_ends_a_sample_and_is_not_printed(live):
+    assert written(*reciter('abcdefgh', eot=ord('e')), 'h', 8, live=live) == ['abcd']
+
+
+def test_generation_ends_when_all_samples_have(monkeypatch):
+    model, tok = reciter('abcdefgh')
+    calls, forward = [], model.forward
+    monkeypatch.setattr(model, 'forward', lambda idx, **more: calls.append(1) or forward(idx, **more))
+    assert written(model, tok, 'h', 500, num_samples=2, stop='c', live=True) == ['ab', 'ab']
+    assert len(calls) == 3
+
+
+def test_looking_seldom_or_at_each_token_gives_the_same_texts():
+    model, tok = tiny(vocab_size=256, block_size=16), ByteTokenizer()
+    texts = []
+    for live in (True, False):
+        texts.append([''] * 3)
+        for i, piece, _ in complete(model, tok, [65], 3, 50, stop='a', live=live):
+            texts[-1][i] += piece
+    assert texts[0] == texts[1] and all(texts[0])
+
+
+def test_every_sample_is_told_its_end_once():
+    model, tok = tiny(vocab_size=256), ByteTokenizer()
+    for n in (0, 1, 16, 17):
+        ends = [i for i, _, last in complete(model, tok, [65], 3, n) if last]
+        assert sorted(ends) == [0, 1, 2], n
+
+
+def test_no_new_tokens_is_no_text():
+    assert written(*reciter('ab'), 'a', 0, num_samples=2) == ['', '']
+
+
+@pytest.mark.parametrize('rules', [dict(temperature=0), dict(top_k=0), dict(top_k=3), dict(top_p=0.5)])
+def test_nan_logits_are_an_error_that_says_so(rules):
+    model = tiny(vocab_size=256)
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nan
+    with pytest.raises(UserError, match='NaN in torch.float32 on cpu; try'):
+        list(complete(model, ByteTokenizer(), [65], 2, 20, **rules))
