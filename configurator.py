@@ -166,7 +166,7 @@ def resolve(defaults, argv, early=None, words=''):
     settings = Settings(defaults)
     flags, loose = _parse(argv, settings, words)
     if words and loose:
-        flags[words] = '\n'.join([flags[words]] * (words in flags) + loose)
+        flags[words] = '\n'.join([flags[words], *loose] if words in flags else loose)
     settings.update(flags)
     settings.origins.update({name: f'--{name}' for name in flags})
     for name, automatic in (early or {}).items():

@@ -31,7 +31,7 @@ from lib.tokenizer import TextError, encoded
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
 # Text
 input = ''  # files, folders, globs, https://... or hub:NAME#SPLIT; repeat the flag or list several
-val_input = ''  # the same for a validation text of its own ('' splits the input)
+val_input = ''  # a validation text of its own, named in the same way ('' splits the input)
 val_fraction = 0.1  # share of the input that becomes the validation split
 text_key = 'text'  # key of the text in JSON lines and parquet; several are joined: title,content
 encoding = 'utf-8'  # of text files, for example gb18030
@@ -198,7 +198,7 @@ def _whole(chunks):
         yield held, True
 
 
-def _find(words, folder):
+def _find(flag, words, folder):
     """Return the files that `words` name: addresses are downloaded, folders walked, globs expanded, all in order."""
     paths = []
     for word in words:
@@ -215,7 +215,7 @@ def _find(words, folder):
             else:
                 found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
             if not found:
-                raise UserError(f"--input={word}: {'no files in it' if path.is_dir() else 'no such file or folder'}")
+                raise UserError(f"--{flag}={word}: {'no files in it' if path.is_dir() else 'no such file or folder'}")
             paths += found
     return paths
 
@@ -248,14 +248,14 @@ def download(url, path):
             time.sleep(wait)
         elif reason.startswith('4'):
             break
-    raise UserError(f'download failed: {reason} from {url}; put the text at {path.parent / "input.txt"}, or name a copy with --input=PATH; '
-                    'python data/python_char/prepare.py needs no download')
+    raise UserError(f'download failed: {reason} from {url}; put the text at {path.parent / "input.txt"}, or name a copy '
+                    'with --input=PATH; python data/python_char/prepare.py needs no download')
 
 
 # From pieces to splits and jobs
 
-def _survey(pieces):
-    """Return (characters, documents, distinct characters, an even sample of the text) in one pass."""
+def _survey(pieces, limit):
+    """Return (characters, documents, distinct characters, an even sample of the text), of `limit` documents at most."""
     n_chars = n_docs = count = size = 0
     seen, sample, every = np.zeros(0x110000, bool), [], 1
     for text, ends in pieces:
@@ -270,6 +270,8 @@ def _survey(pieces):
             if size > _SAMPLE:  # keep every second and go on at that pace, so that the sample stays even
                 sample, every = sample[::2], 2 * every
                 size = sum(len(encoded(part)) for part in sample)
+        if n_docs >= limit:
+            break
     return n_chars, n_docs, ''.join(map(chr, np.flatnonzero(seen))), sample
 
 
@@ -299,7 +301,7 @@ def _jobs(stream, cut):
         text = rest[split] + text
         rest[split] = ''
         if not ends:
-            at = cut(text, max(1, len(text) - _WINDOW))
+            at = cut(text, len(text) - _WINDOW) if len(text) > _WINDOW else -1
             if at < 0:  # no place to cut: wait for more
                 rest[split] = text
                 continue
@@ -468,19 +470,17 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         val_words = val_words or ([val_source] if val_source else [])
     else:
         raise UserError(f'no text to read; name it with --input=PATH, or put it at {folder / "input.txt"}. {where}')
-    paths, val_paths = _find(words, folder), _find(val_words, folder)
+    paths, val_paths = _find('input', words, folder), _find('val_input', val_words, folder)
 
     def pieces(paths):
         found = chain.from_iterable(_read(path, settings, delimiter) for path in paths)
         return _document(rewrite(''.join(text for text, _ in found))) if rewrite else found
 
-    enough = 2 if val_paths else int(np.ceil(2 / settings['val_fraction']))  # documents for a split by document
-    n_docs = sum(1 for _ in islice((1 for _, ends in pieces(paths) if ends), enough))
-    n_chars, chars, sample = 0, '', []
-    if settings['tokenizer'] in ('char', 'bpe') or n_docs < enough:
-        n_chars, n_docs, chars, sample = _survey(chain(pieces(paths), pieces(val_paths)))
-        if not n_chars:
-            raise UserError(f'{paths[0]} is empty' + f' (and {len(paths) - 1} more)' * (len(paths) > 1))
+    enough = 3 if val_paths else int(np.ceil(2 / settings['val_fraction']))  # two documents, at least, validate
+    limit = np.inf if settings['tokenizer'] in ('char', 'bpe') else enough
+    n_chars, n_docs, chars, sample = _survey(chain(pieces(paths), pieces(val_paths)), limit)
+    if not n_chars:
+        raise UserError(f'{paths[0]} is empty' + f' (and {len(paths) - 1} more)' * (len(paths) > 1))
     many = n_docs > 1 + bool(val_paths)  # a single text has no marks between documents
     coder = _coder(settings, chars, sample, many)
     if val_paths:
