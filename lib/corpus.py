@@ -1,32 +1,27 @@
 """From any text to data/NAME/: train.bin and val.bin (raw token ids) and meta.json, in bounded memory.
 
 A data/NAME/prepare.py says what is special about its text and calls `prepare`. The text flows through as pieces
-(text, ends), where `ends` marks the last piece of a document, and is never in memory as a whole.
+(text, ends), see lib/sources.py, and is never in memory as a whole.
 """
 import codecs
-import glob
-import gzip
 import hashlib
 import json
 import os
 import re
 import signal
 import sys
-import time
-import urllib.error
-import urllib.request
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from http.client import HTTPException
 from itertools import chain, islice
 from pathlib import Path
 
 import numpy as np
 
-from configurator import REPO, UserError, configure, describe, find_path
+from configurator import REPO, UserError, configure, describe
+from lib import sources
 from lib import tokenizer as tok
-from lib.tokenizer import TextError, encoded
+from lib.tokenizer import encoded
 
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
 # Text
@@ -42,214 +37,9 @@ vocab_size = 4096  # ids of a trained bpe
 num_proc = 0  # processes that tokenize BPE (0 one a core); the bytes do not depend on it
 # --------------------------------------------------------------------------------------------------------------------
 
-_CHUNK = 1 << 20  # characters in a piece of a long text, and in a job for a worker
 _WINDOW = 10_000  # characters at the end of a chunk among which a harmless cut is looked for
 _SAMPLE = 20_000_000  # bytes of text that a BPE is trained on, at most
-_WAIT = 1.0  # seconds before the second try of a download; doubled for the third
 KINDS = ('char', 'byte', 'gpt2', 'bpe')
-
-
-# Reading: every reader yields pieces (text, ends)
-
-def _chunks(path, codec):
-    """Yield the decoded text of a file, plain or gzip; a byte order mark at its very beginning is dropped."""
-    decoder, done = codecs.getincrementaldecoder(codec)(), 0
-    with open(path, 'rb') as raw:
-        packed = raw.read(2) == b'\x1f\x8b'
-        raw.seek(0)
-        file = gzip.open(raw) if packed else raw
-        while True:
-            try:
-                data = file.read(_CHUNK)
-                done += len(data)
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                at = done - len(error.object) + error.start
-                raise UserError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x}); '
-                                'name its encoding, for example --encoding=gb18030, or save it as UTF-8') from None
-            except (EOFError, gzip.BadGzipFile) as error:
-                raise UserError(f'{path} is a damaged gzip file: {error}') from None
-            if done == len(data):
-                text = text.removeprefix('\ufeff')
-            if text:
-                yield text
-            if not data:
-                return
-
-
-def _divide(chunks, separator):
-    """Yield what lies between separators, whatever the chunks."""
-    rest = ''
-    for chunk in chunks:
-        *whole, rest = (rest + chunk).split(separator)
-        yield from whole
-    if rest:
-        yield rest
-
-
-def _document(text):
-    """Yield one document in pieces; an empty one is none."""
-    for start in range(0, len(text), _CHUNK):
-        yield text[start:start + _CHUNK], start + _CHUNK >= len(text)
-
-
-def _fields(record, keys, place):
-    """Join the text under `keys` of a JSON or parquet record; keys that are absent or null count as empty."""
-    if not any(key in record for key in keys):
-        raise UserError(f'{place}: no key {" or ".join(keys)} among {", ".join(map(str, record))}; say --text_key=...')
-    values = [record.get(key) or '' for key in keys]
-    for key, value in zip(keys, values, strict=True):
-        if not isinstance(value, str):
-            raise UserError(f'{place}: {key} holds {type(value).__name__}, expected text; say --text_key=...')
-    return '\n'.join(filter(None, values))
-
-
-def _json_lines(path, codec, keys):
-    for number, line in enumerate(_divide(_chunks(path, codec), '\n'), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise UserError(f'{path}:{number}: expected one JSON object a line, found {type(record).__name__}')
-            text = _fields(record, keys, f'{path}:{number}')
-            encoded(text)
-        except json.JSONDecodeError as error:
-            raise UserError(f'{path}:{number}: not JSON ({error.msg}); expected one object a line') from None
-        except TextError as error:
-            raise UserError(f'{path}:{number}: {error.message}') from None
-        yield from _document(text)
-
-
-def _is_json_lines(path, codec):
-    """True where the first line holds a JSON object; a file called JSON but laid out otherwise is refused."""
-    start = next(_chunks(path, codec), '').lstrip()
-    if start.startswith('{'):
-        line = next((line for line in _divide(_chunks(path, codec), '\n') if line.strip()), '')
-        try:
-            return isinstance(json.loads(line), dict)
-        except json.JSONDecodeError:
-            pass
-    if '.json' in Path(path).suffixes and start[:1] in ('{', '['):
-        raise UserError(f"{path} is JSON, but not one object a line; turn it into that, for example: jq -c '.[]' FILE")
-    return False
-
-
-def _parquet(path, keys):
-    try:
-        from pyarrow import parquet
-    except ImportError:
-        raise UserError(f'{path}: reading parquet needs the package pyarrow: pip install pyarrow') from None
-    with parquet.ParquetFile(path) as file:
-        have = [key for key in keys if key in file.schema_arrow.names]
-        if not have:
-            _fields(dict.fromkeys(file.schema_arrow.names), keys, path)  # says which keys there are
-        for batch in file.iter_batches(batch_size=1024, columns=have):
-            for record in batch.to_pylist():
-                yield from _document(_fields(record, keys, path))
-
-
-def _hub(address, keys):
-    """Stream a dataset of the Hugging Face hub, or of a local folder laid out like one: nothing is kept on disk."""
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UserError(f'{address} needs the package datasets: pip install datasets') from None
-    repository, _, split = address.removeprefix('hub:').partition('#')
-    split = split or 'train'
-    try:
-        try:
-            rows = load_dataset(repository, split=split, streaming=True)
-        except RuntimeError:  # a repository that is still a script; the hub keeps a parquet copy of each beside it
-            rows = load_dataset(repository, split=split, streaming=True, revision='refs/convert/parquet')
-        for batch in rows.iter(batch_size=1024):
-            for values in zip(*batch.values(), strict=True):
-                yield from _document(_fields(dict(zip(batch, values, strict=True)), keys, address))
-    except Exception as error:  # network, hub and storage libraries each have their own
-        reason = (str(error).splitlines() or [''])[0]
-        raise UserError(f'cannot read {address}: {type(error).__name__}: {reason[:200]}; nothing was changed; '
-                        'try again, or give local text, JSON lines or parquet with --input=PATH') from None
-
-
-def _read(path, settings, delimiter):
-    """Yield the pieces of one source, which is told apart by its content, not its name."""
-    keys = [key.strip() for key in settings['text_key'].split(',')]
-    if str(path).startswith('hub:'):
-        return _hub(path, keys)
-    with open(path, 'rb') as file:
-        if file.read(4) == b'PAR1':
-            return _parquet(path, keys)
-    if _is_json_lines(path, settings['encoding']):
-        return _json_lines(path, settings['encoding'], keys)
-    chunks = _chunks(path, settings['encoding'])
-    if delimiter:
-        return chain.from_iterable(_document(part.strip()) for part in _divide(chunks, delimiter))
-    return _whole(chunks)
-
-
-def _whole(chunks):
-    """Yield chunks as pieces of one document, holding one back to know the last."""
-    held = ''
-    for chunk in chunks:
-        if held:
-            yield held, False
-        held = chunk
-    if held:
-        yield held, True
-
-
-def _find(flag, words, folder):
-    """Return the files that `words` name: addresses are downloaded, folders walked, globs expanded, all in order."""
-    paths = []
-    for word in words:
-        if word.startswith('hub:'):
-            paths.append(word)
-        elif '://' in word:
-            paths.append(download(word, folder / 'input.txt'))
-        else:
-            path = find_path(word)
-            if path.is_dir():
-                inside = sorted(path.rglob('*'), key=lambda p: p.as_posix())
-                found = [p for p in inside if p.is_file() and not any(
-                    part.startswith('.') for part in p.relative_to(path).parts)]
-            else:
-                found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
-            if not found:
-                raise UserError(f"--{flag}={word}: {'no files in it' if path.is_dir() else 'no such file or folder'}")
-            paths += found
-    return paths
-
-
-def download(url, path):
-    """Fetch `url` to `path` in three tries; a failure leaves nothing behind and raises UserError with the ways out."""
-    temp = Path(f'{path}.tmp')
-    temp.parent.mkdir(parents=True, exist_ok=True)
-    for wait in (_WAIT, 2 * _WAIT, None):
-        try:
-            request = urllib.request.Request(url, headers={'User-Agent': 'minuteGPT'})
-            with urllib.request.urlopen(request, timeout=30) as reply, open(temp, 'wb') as file:
-                size = 0
-                while data := reply.read(_CHUNK):
-                    if not size and (data.lstrip()[:15].lower().startswith((b'<!doctype html', b'<html'))):
-                        raise HTTPException('a web page instead of the text')
-                    size += file.write(data)
-                expected = int(reply.headers.get('Content-Length') or size)
-                if not 0 < size == expected:
-                    raise HTTPException(f'{size:,} of {expected:,} bytes')
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-            return path
-        except (OSError, HTTPException) as error:
-            reason = f'{error.code} {error.reason}' if isinstance(error, urllib.error.HTTPError) else str(error)
-        finally:
-            temp.unlink(missing_ok=True)
-        if wait is not None and not reason.startswith('4'):  # 404 and its like will not change
-            time.sleep(wait)
-        elif reason.startswith('4'):
-            break
-    raise UserError(f'download failed: {reason} from {url}; put the text at {path.parent / "input.txt"}, or name a copy '
-                    'with --input=PATH; python data/python_char/prepare.py needs no download')
 
 
 # From pieces to splits and jobs
@@ -308,7 +98,7 @@ def _jobs(stream, cut):
             text, rest[split] = text[:at], text[at:]
         job[split].append((text, ends))
         size[split] += len(text)
-        if size[split] >= _CHUNK:
+        if size[split] >= sources.CHUNK:
             yield split, job[split]
             job[split], size[split] = [], 0
     for split, pieces in job.items():
@@ -470,11 +260,12 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         val_words = val_words or ([val_source] if val_source else [])
     else:
         raise UserError(f'no text to read; name it with --input=PATH, or put it at {folder / "input.txt"}. {where}')
-    paths, val_paths = _find('input', words, folder), _find('val_input', val_words, folder)
+    paths, val_paths = sources.find('input', words, folder), sources.find('val_input', val_words, folder)
+    keys = [key.strip() for key in settings['text_key'].split(',')]
 
     def pieces(paths):
-        found = chain.from_iterable(_read(path, settings, delimiter) for path in paths)
-        return _document(rewrite(''.join(text for text, _ in found))) if rewrite else found
+        found = chain.from_iterable(sources.read(path, settings['encoding'], keys, delimiter) for path in paths)
+        return sources.document(rewrite(''.join(text for text, _ in found))) if rewrite else found
 
     enough = 3 if val_paths else int(np.ceil(2 / settings['val_fraction']))  # two documents, at least, validate
     limit = np.inf if settings['tokenizer'] in ('char', 'bpe') else enough
@@ -535,7 +326,7 @@ def _report(folder, coder, meta, n_chars):
 
 
 def prepare(script_file, source='', val_source='', where='', delimiter='', rewrite=None, expect=(), **defaults):
-    """Do the whole work of data/NAME/prepare.py; mistakes of a user end the program with one line and status 2.
+    """Do the whole work of data/NAME/prepare.py; a mistake of the user ends the program with one line.
 
     source: where the text comes from when neither --input nor data/NAME/input.txt gives one: an address, hub:NAME, or
     a function from the folder to a list of paths. val_source: its own validation text. where: a sentence saying where
@@ -554,7 +345,7 @@ def prepare(script_file, source='', val_source='', where='', delimiter='', rewri
     try:
         _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect)
     except OSError as error:
-        raise UserError(f'{error.filename or script.parent}: {error.strerror or error}; nothing was changed') from None
+        raise UserError(f'{error.filename or script.parent}: {error.strerror or error}; mend that and try again') from None
     except KeyboardInterrupt:
-        print('interrupted; nothing was changed', file=sys.stderr)
+        print('interrupted; run it again', file=sys.stderr)
         raise SystemExit(130) from None

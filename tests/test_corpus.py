@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from configurator import REPO
-from lib import corpus, tokenizer
+from lib import corpus, sources, tokenizer
 
 if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared))
@@ -118,7 +118,7 @@ def test_another_encoding_is_read_by_name(prepare, tmp_path):
 
 
 def test_a_character_split_between_two_chunks_is_whole(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, '_CHUNK', 7)
+    monkeypatch.setattr(sources, 'CHUNK', 7)
     text = '人之初，性本善👩‍👩‍👧‍👦' * 40
     data = prepare(put(tmp_path / 'book.txt', text))
     assert data.text('train') + data.text('val') == text
@@ -160,7 +160,7 @@ def test_empty_documents_leave_no_trace(prepare, tmp_path):
 
 
 def test_a_delimiter_divides_a_text_file_into_documents(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, '_CHUNK', 50)
+    monkeypatch.setattr(sources, 'CHUNK', 50)
     story = put(tmp_path / 'stories.txt', '<|endoftext|>\n'.join(LINES))
     data = prepare(story, '--tokenizer=bpe', '--vocab_size=300', delimiter='<|endoftext|>')
     assert data.text('val').split('<|endoftext|>')[:-1] == [line.strip() for line in LINES[9::10]]
@@ -254,7 +254,7 @@ def test_the_dataset_is_named_after_the_text_or_by_the_user(prepare, tmp_path):
 
 @pytest.mark.parametrize('kind', ['char', 'byte', 'bpe'])
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(prepare, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(corpus, '_CHUNK', 100)
+    monkeypatch.setattr(sources, 'CHUNK', 100)
     monkeypatch.setattr(corpus, '_WINDOW', 20)
     text = TEXT + 'nospace' * 200 + '天地玄黄，宇宙洪荒。' * 50 + '\n \n\t  x' * 100
     data = prepare(put(tmp_path / 'book.txt', text), f'--tokenizer={kind}', *['--vocab_size=400'] * (kind == 'bpe'))
@@ -264,7 +264,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(prepare, tmp_path, monke
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(corpus, '_CHUNK', 1000)
+    monkeypatch.setattr(sources, 'CHUNK', 1000)
     path = put(tmp_path / 'lines.jsonl', json_lines(LINES))
     made = [prepare(path, f'--num_proc={n}', '--tokenizer=bpe', '--vocab_size=300') for n in (1, 2, 3)]
     assert made[0].meta == made[1].meta == made[2].meta
@@ -273,7 +273,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(prepare, tmp_path, m
 def test_processes_may_be_spawned_as_on_windows(prepare, tmp_path, monkeypatch):
     import multiprocessing
     started = []
-    monkeypatch.setattr(corpus, '_CHUNK', 1000)
+    monkeypatch.setattr(sources, 'CHUNK', 1000)
     monkeypatch.setattr(corpus, 'ProcessPoolExecutor', lambda n, **more: started.append(n) or Pool(
         n, mp_context=multiprocessing.get_context('spawn'), **more))
     from concurrent.futures import ProcessPoolExecutor as Pool

@@ -11,7 +11,7 @@ import threading
 import pytest
 
 from configurator import REPO
-from lib import corpus, tokenizer
+from lib import corpus, sources, tokenizer
 
 TEXT = 'some text to prepare, line after line\n' * 100
 
@@ -19,7 +19,7 @@ TEXT = 'some text to prepare, line after line\n' * 100
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(corpus, '_WAIT', 0.01)
+    monkeypatch.setattr(sources, 'WAIT', 0.01)
     (tmp_path / 'data' / 'x').mkdir(parents=True)
     return tmp_path / 'data' / 'x' / 'prepare.py'
 
@@ -120,7 +120,7 @@ def test_a_full_disk_leaves_the_old_dataset_and_no_temporary_file(script, prepar
             f'resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); prepare({str(script)!r})')
     done = subprocess.run([sys.executable, '-c', code, tmp_path / 'a.txt'], capture_output=True, text=True)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert 'File too large; nothing was changed' in done.stderr
+    assert 'File too large; mend that and try again' in done.stderr
     assert contents(script.parent) == before
 
 
@@ -158,7 +158,7 @@ class Server(http.server.BaseHTTPRequestHandler):
             return self.wfile.write(b'\n<!DOCTYPE html><html>log in to this network</html>')
         self.send_header('Content-Length', str(len(TEXT)))
         self.end_headers()
-        self.wfile.write(TEXT.encode()[:100 if self.path == '/drop' else None])
+        self.wfile.write(TEXT.encode()[:400 if self.path == '/drop' else None])
 
     def log_message(self, *_):
         pass
@@ -175,7 +175,7 @@ def server():
 
 
 @pytest.mark.parametrize('path, reason', [('/missing', '404 Not Found'), ('/page', 'a web page instead of the text'),
-                                          ('/drop', '100 of 3,800 bytes')])
+                                          ('/drop', '400 of 3,800 bytes')])
 def test_a_failed_download_says_so_and_leaves_nothing(script, prepare, server, capfd, path, reason):
     message = fails(capfd, lambda: prepare(source=server.url + path))
     assert reason in message and server.url + path in message
@@ -193,6 +193,8 @@ def test_a_busy_server_is_asked_three_times_and_a_missing_page_once(script, prep
     (script.parent / 'input.txt').unlink()
     fails(capfd, lambda: prepare(source=server.url + '/missing'))
     assert server.hits == 4
+    fails(capfd, lambda: prepare(source=server.url + '/drop'))
+    assert server.hits == 7
 
 
 def test_a_download_is_kept_as_input_txt(script, prepare, server):
@@ -270,9 +272,16 @@ def test_parquet_without_the_key_names_the_columns(prepare, tmp_path, capfd):
     assert 'no key text among body; say --text_key=' in fails(capfd, lambda: prepare(tmp_path / 'a.parquet'))
 
 
-def test_a_damaged_gzip_file_is_named(prepare, tmp_path, capfd):
-    path = put(tmp_path / 'a.gz', gzip.compress(os.urandom(9999))[:-500])
-    assert f'{path} is' in fails(capfd, lambda: prepare(path))
+@pytest.mark.parametrize('damage', [lambda raw: raw[:-500], lambda raw: raw[:-4] + b'xxxx', lambda raw: raw[:10] + b'x' * 99])
+def test_a_damaged_gzip_file_is_named(prepare, tmp_path, capfd, damage):
+    path = put(tmp_path / 'a.gz', damage(gzip.compress(TEXT.encode(), mtime=0) * 9))
+    assert f'{path} is a damaged gzip file' in fails(capfd, lambda: prepare(path))
+
+
+def test_a_damaged_parquet_file_is_named(prepare, tmp_path, capfd):
+    pytest.importorskip('pyarrow')
+    path = put(tmp_path / 'a.parquet', b'PAR1' + TEXT.encode())
+    assert f'{path} is a damaged parquet file' in fails(capfd, lambda: prepare(path))
 
 
 def test_a_file_that_is_not_there_is_named(prepare, capfd):
@@ -304,7 +313,7 @@ def test_a_derived_name_never_overwrites_a_dataset_with_a_script(tmp_path, monke
 
 
 def test_a_worker_that_dies_ends_prepare_with_a_line(prepare, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(corpus, '_CHUNK', 500)
+    monkeypatch.setattr(sources, 'CHUNK', 500)
     monkeypatch.setattr(corpus, '_WINDOW', 50)
     monkeypatch.setattr(corpus, '_work', functools.partial(die, os.getpid()))
     message = fails(capfd, lambda: prepare(put(tmp_path / 'a.txt', TEXT), '--tokenizer=bpe', '--num_proc=2'))
