@@ -61,10 +61,17 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear that leaves its weights to GPT's own initialisation, so that none is drawn twice or in vain."""
+    """nn.Linear in the dtype of what comes in, whatever the weights are kept in.
+
+    It leaves its weights to GPT's own initialisation, so that none is drawn twice or in vain.
+    """
 
     def reset_parameters(self):
         pass
+
+    def forward(self, x):
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -83,7 +90,8 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, 1e-5)
 
 
 class RMSNorm(nn.Module):
@@ -131,6 +139,23 @@ def rotate(x, rope):
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
 
 
+def attend(q, k, v, dropout):
+    """Return causal attention (B, nh, T, hs) of the last T of S positions: q (B, nh, T, hs), k and v (B, nh, S, hs).
+
+    torch's fused kernel, except for short contexts in bfloat16 on a CPU: there the kernel's forward and backward take
+    2.5 times as long as the products written out.
+    """
+    shape, T, S = q.shape, q.size(2), k.size(2)
+    if q.is_cpu and q.dtype == torch.bfloat16 and T == S <= 512:
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+        q, k, v = (t.reshape(-1, T, t.size(-1)) for t in (q, k, v))  # (B nh, T, hs) each
+        weights = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5).softmax(-1)  # (B nh, T, T)
+        return (F.dropout(weights, dropout) @ v).view(shape)
+    # is_causal aligns to the upper left, so fewer queries than keys need the mask spelt out
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S, dropout_p=dropout)
+
+
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
@@ -148,13 +173,9 @@ class CausalSelfAttention(nn.Module):
             q, k = self.qk_norm(q), self.qk_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        mask = None
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)  # (B, nh, pos + T, hs)
-            if T > 1 and cache.pos > 0:  # is_causal aligns to the upper left, so here the mask is spelt out
-                mask = torch.ones(T, k.size(2), dtype=torch.bool, device=x.device).tril(cache.pos)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
-                                           dropout_p=self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = attend(q, k, v, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)
         return self.resid_dropout(self.c_proj(y))
 
@@ -214,6 +235,7 @@ class GPT(nn.Module):
             raise ValueError('; '.join(config.problems()))
         self.config = config
         self.checkpoint_activations = False  # recompute each block in the backward pass instead of keeping it
+        self.compute_dtype = None  # of activations and matrix products; None: as the weights are
         self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
             self.transformer['wpe'] = Embedding(config.block_size, config.n_embd)
@@ -262,7 +284,7 @@ class GPT(nn.Module):
             rope = self.rope[:, start:start + T]
         else:
             x = x + self.transformer.wpe.weight[start:start + T]
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(x.to(self.dtype))
         for block in self.transformer.h:
             if self.checkpoint_activations and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, use_reentrant=False)
@@ -280,6 +302,11 @@ class GPT(nn.Module):
     def _head(self, x):
         logits, cap = self.lm_head(x), self.config.softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+    @property
+    def dtype(self):
+        """The dtype of activations, so of keys and values too."""
+        return self.compute_dtype or self.transformer.wte.weight.dtype
 
     def num_params(self, without_positions=True):
         """Return how many parameters there are; nanoGPT's count leaves the position table out."""

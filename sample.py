@@ -90,7 +90,7 @@ def load(rt):
     if tok.vocab_size > model.config.vocab_size:
         raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) {tok.vocab_size}: '
                         'they do not belong together')
-    model = model.to(rt.device, rt.dtype)  # not autocast, which would convert the weights anew for each token
+    model = model.to(rt.device, rt.dtype)
     return (torch.compile(model) if compile else model), tok
 
 

@@ -132,8 +132,7 @@ def mean_loss(fast, model, rt, batches):
     nats, count = torch.zeros((), device=rt.device), 0
     for idx, targets in batches:
         usual = idx.shape == (batch_size, block_size)
-        with rt.autocast():
-            loss = (fast if usual else model)(*rt.put(idx, targets))[1]
+        loss = (fast if usual else model)(*rt.put(idx, targets))[1]
         nats, count = nats + loss * targets.numel(), count + targets.numel()
     model.train()
     nats, count = rt.total(float(nats), count)
@@ -173,6 +172,7 @@ def main():
                               tie_weights, softcap))
     else:
         model = models.pretrained(init_from, dropout=dropout, block_size=block_size)
+    model.compute_dtype = rt.dtype  # weights stay float32
     model.checkpoint_activations = checkpoint_activations
     model.to(rt.device).train()
     opt = make_optimizer(optimizer, model.param_groups(weight_decay, matrices_apart=optimizer == 'muon'),
@@ -202,8 +202,7 @@ def main():
 
     def try_step(compiled):
         starts = eval_starts(len(data.train), block_size, 1, batch_size)[0]
-        with rt.autocast():
-            compiled(*rt.put(*data.train.batch(starts, block_size)))[1].backward()
+        compiled(*rt.put(*data.train.batch(starts, block_size)))[1].backward()
 
     fast = runtime.compile_or_fall_back(model, rt, settings.given('compile'), try_step)
     net = runtime.wrap(fast, rt, parallel)
@@ -311,8 +310,7 @@ def main():
                                       tokens_seen // block_size + micro * batch_size, batch_size)
                 idx, targets = rt.put(*data.train.batch(starts, block_size))  # (B, T) each
                 runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
-                with rt.autocast():
-                    loss = net(idx, targets)[1] * rt.world_size / micro_steps  # gradients end as the mean of all
+                loss = net(idx, targets)[1] * rt.world_size / micro_steps  # gradients end as the mean of all
                 scaler.scale(loss).backward()
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)

@@ -83,9 +83,7 @@ def generate(model, prompt, num_samples, max_new_tokens, *, valid_vocab=None, se
     valid_vocab: ids from here on are never picked. seed: of these samples alone. When the context is full, its newest
     KEEP is read anew, and so on. Nothing waits for the device; a -1 says that the model's output is not a number.
     """
-    weight, block_size = model.lm_head.weight, model.config.block_size
-    device, kind = weight.device, weight.device.type
-    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    device, dtype, block_size = model.lm_head.weight.device, model.dtype, model.config.block_size
     generator = torch.Generator(device).manual_seed(seed)
     T, kept = len(prompt), max(1, int(KEEP * block_size))
     idx = torch.zeros(num_samples, T + max_new_tokens, dtype=torch.long, device=device)  # (B, T + new)

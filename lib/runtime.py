@@ -48,12 +48,6 @@ class Runtime:
     def master(self):
         return self.rank == 0
 
-    def autocast(self):
-        """Return the context that the model's forward pass runs in."""
-        if self.dtype == torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.device.type, dtype=self.dtype)
-
     def synchronize(self):
         """Wait for the device, so that a clock read next tells the truth."""
         if self.device.type == 'cuda':

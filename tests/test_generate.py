@@ -238,16 +238,16 @@ def test_weights_in_bfloat16_generate():
     assert ids_of(tiny().to(torch.bfloat16), [1], 2, 20).max() < 13
 
 
-def test_generating_under_autocast_keeps_the_cache_in_its_dtype(monkeypatch):
-    dtypes = []
+def test_activations_in_bfloat16_over_float32_weights_keep_the_cache_in_bfloat16(monkeypatch):
+    dtypes, model = [], tiny()
 
     class Cache(room.KVCache):
         def __init__(self, config, batch_size, device, dtype):
             super().__init__(config, batch_size, device, dtype)
             dtypes.append(dtype)
     monkeypatch.setattr(room, 'KVCache', Cache)
-    with torch.autocast('cpu', dtype=torch.bfloat16):
-        ids_of(tiny(), [1], 2, 12)
+    model.compute_dtype = torch.bfloat16
+    ids_of(model, [1], 2, 12)
     assert set(dtypes) == {torch.bfloat16}
 
 
@@ -269,7 +269,8 @@ def test_bytes_that_are_no_text_become_replacement_characters():
 
 @pytest.mark.parametrize('live', [True, False])
 @pytest.mark.parametrize('stop, expected', [
-    ('def', 'abc'), ('d', 'abc'), ('a', ''), ('h', 'abcdefg'), ('dex', 'abcdefgh'), ('hi', 'abcdefgh'), ('', 'abcdefgh')])
+    ('def', 'abc'), ('d', 'abc'), ('a', ''), ('h', 'abcdefg'),
+    ('dex', 'abcdefgh'), ('hi', 'abcdefgh'), ('', 'abcdefgh')])
 def test_stop_cuts_across_token_borders(stop, expected, live):
     assert written(*reciter('abcdefgh'), 'h', 8, stop=stop, live=live) == [expected]
 
