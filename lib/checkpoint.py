@@ -85,10 +85,11 @@ def save(path, state, keep_previous=False, also=None):
             _link(path, Path(also))
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        tmp.unlink(missing_ok=True)
         need, free = _estimate(state) / 2**30, shutil.disk_usage(path.parent).free / 2**30
         raise UserError(f'could not write {path}: it needs about {need:.2f} GiB, {free:.2f} GiB are free '
                         f'({str(error).splitlines()[0]}). What {path.name} held before is unchanged.') from error
+    finally:
+        tmp.unlink(missing_ok=True)
 
 
 def load(path, mmap=False):

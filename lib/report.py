@@ -1,20 +1,29 @@
-"""What a run tells: printed lines, log.jsonl, a progress bar, and wandb or TensorBoard where asked for."""
+"""What a run tells: printed lines, log.jsonl, a progress bar, loss.png. wandb and TensorBoard are in trackers.py."""
+import functools
 import json
 import math
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
 
-def say(line, bar=None):
+
+def say(line):
     """Print a line to stdout, above the progress bar where there is one."""
-    if bar is not None and not bar.disable:
-        bar.clear()
-    print(line, flush=True)
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()
 
 
 def warn(line):
-    """Print a warning to stderr."""
-    print(f'warning: {line}', file=sys.stderr, flush=True)
+    """Print a warning to stderr, above the progress bar where there is one."""
+    tqdm.write(f'warning: {line}', file=sys.stderr)
+    sys.stderr.flush()
+
+
+@functools.cache
+def warn_once(line):
+    """Print a warning to stderr, the first time that it is given."""
+    warn(line)
 
 
 def duration(minutes):
@@ -35,16 +44,46 @@ def step_line(step, train_loss, val_loss, bpb):
 
 
 def iter_line(record, seconds, minutes_left):
-    """Return an update's line from its log record."""
-    return (f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {seconds * 1000:.2f}ms, '
-            f'mfu {record["mfu"] * 100:.2f}%, tok/s {record["tok_s"]:,.0f}, eta {duration(minutes_left)}')
+    """Return an update's line from its log record; an unknown mfu is left out."""
+    mfu = '' if record['mfu'] is None else f'mfu {record["mfu"] * 100:.2f}%, '
+    return (f'iter {record["iter"]}: loss {record["loss"]:.4f}, time {seconds * 1000:.2f}ms, {mfu}'
+            f'tok/s {record["tok_s"]:,.0f}, eta {duration(minutes_left)}')
+
+
+def recipe(settings, argv):
+    """Return the config files that `settings` came from, in the order of the command line; 'defaults' for none."""
+    files = {origin.rpartition(':')[0] for origin in settings.origins.values()}
+    return ', '.join(word for word in argv if word in files) or 'defaults'
+
+
+def tokens_line(tokens_per_iter, train_tokens, max_iters):
+    """Return the banner's line on how far an iteration goes through the data; max_iters 0: the clock decides."""
+    epoch = train_tokens / tokens_per_iter  # iterations
+    epochs = f'; {max_iters:,} make {max_iters / epoch:,.2f} epochs' if max_iters else ''
+    return f'tokens per iteration: {tokens_per_iter:,} ({epoch:,.0f} iterations an epoch{epochs})'
+
+
+def warn_if_long(minutes, most=30):
+    """Warn of a run that takes over `most` minutes, naming ways to a short one; returns whether it did."""
+    if minutes > most:
+        warn(f'this takes {duration(minutes)} or more on the CPU; --max_minutes=3 in place of --max_iters trains for '
+             'three minutes, and config/train_shakespeare_char.py is a recipe made for that')
+    return minutes > most
 
 
 def advance(bar, done, loss, best_val_loss, tok_s, minutes_left):
-    """Move the progress bar to `done` (0 to 1)."""
-    bar.n = min(100, 100 * done)
-    bar.set_postfix_str(f'loss {loss:.4f}, best val {best_val_loss:.4f}, {tok_s:,.0f} tok/s, '
-                        f'{duration(minutes_left)} left')
+    """Move the progress bar to `done` (0 to 1); what it says fits a terminal of 60 columns."""
+    bar.set_postfix_str(f'loss {loss:.3f}, best {best_val_loss:.3f}, {short(tok_s)} tok/s, '
+                        f'{duration(minutes_left)} left', refresh=False)
+    bar.update(min(100, 100 * done) - bar.n)
+
+
+def short(number):
+    """Return a number in at most four characters: 950, 12k, 3.4M."""
+    for unit, size in (('M', 1e6), ('k', 1e3)):
+        if number >= 0.9995 * size:
+            return f'{number / size:.1f}{unit}' if number < 9.95 * size else f'{number / size:.0f}{unit}'
+    return f'{number:.0f}'
 
 
 def not_finite(rt, iter_num, loss, norm, good_iter, out_dir):
@@ -57,10 +96,13 @@ def not_finite(rt, iter_num, loss, norm, good_iter, out_dir):
 
 
 def append_log(path, record):
-    """Append one record to log.jsonl; numbers that JSON has no word for become null."""
+    """Append one record to log.jsonl; numbers that JSON has no word for become null. A full disk is only warned of."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-    with open(path, 'a', encoding='utf-8') as f:
-        f.write(json.dumps(clean) + '\n')
+    try:
+        with open(path, 'a', encoding='utf-8') as f:
+            f.write(json.dumps(clean) + '\n')
+    except OSError as error:
+        warn_once(f'could not write {path} ({error.strerror}); training goes on, the log will have a gap')
 
 
 def read_log(path):
@@ -85,56 +127,38 @@ def trim_log(path, iter_num, evaluated):
     tmp.replace(path)
 
 
+def in_notebook():
+    """True where this process is a notebook's kernel: its output is no terminal, yet it redraws a line."""
+    shell = sys.modules['IPython'].get_ipython() if 'IPython' in sys.modules else None
+    return shell is not None and 'IPKernelApp' in shell.config
+
+
 def progress_bar(total, show=True):
-    """Return a tqdm bar on stderr, shown on a terminal only."""
-    from tqdm import tqdm
-    return tqdm(total=total, disable=None if show else True, dynamic_ncols=True, leave=False, file=sys.stderr,
+    """Return a tqdm bar for a terminal (on stderr) or a notebook (on stdout, among the lines); elsewhere a silent one.
+
+    A command in a notebook's cell (!python ...) has a terminal of the notebook's making.
+    """
+    kernel = in_notebook()
+    return tqdm(total=total, disable=False if show and kernel else None if show else True, leave=False, miniters=0,
+                file=sys.stdout if kernel else sys.stderr, mininterval=0.5 if kernel else 0.1,
+                ncols=100 if kernel else None, dynamic_ncols=not kernel,
                 bar_format='{percentage:3.0f}%|{bar}| {postfix}')
 
 
-def open_trackers(settings, out_dir, wandb_id=''):
-    """Return (track, wandb run id): track(record, step) sends to the services that the settings ask for.
-
-    wandb_id continues that run. A service that fails is dropped with one warning; it can never end the training.
-    """
-    sinks = {}
-    if settings['wandb_log']:
-        sinks['wandb'] = lambda: _open_wandb(settings, out_dir, wandb_id)
-    if settings['tensorboard_log']:
-        sinks['tensorboard'] = lambda: _open_tensorboard(out_dir)
-    live, run_id = {}, wandb_id
-    for name, opener in sinks.items():
-        try:
-            live[name], run_id = opener() if name == 'wandb' else (opener(), run_id)
-        except (Exception, SystemExit) as error:
-            warn(f'{name} is off, training goes on without it ({type(error).__name__}: {str(error).strip()[:200]})')
-
-    def track(record, step):
-        for name in list(live):
-            try:
-                live[name](record, step)
-            except Exception as error:
-                del live[name]
-                warn(f'{name} stopped working and is off now ({type(error).__name__}: {str(error).strip()[:200]})')
-
-    return track, run_id
+def draw_loss(out_dir):
+    """Draw OUT_DIR/loss.png where matplotlib is installed; returns its path, or None. It cannot end a run."""
+    try:
+        from plot import draw, read_run
+        path = Path(out_dir) / 'loss.png'
+        draw([read_run(out_dir)], path)
+    except ImportError:
+        return None
+    except Exception as error:
+        warn(f'no loss.png ({reason(error)})')
+        return None
+    return path
 
 
-def _open_wandb(settings, out_dir, run_id):
-    import wandb
-    run = wandb.init(project=settings['wandb_project'], name=settings['wandb_run_name'], config=dict(settings),
-                     dir=str(out_dir), id=run_id or None, resume='allow' if run_id else None)
-    return (lambda record, step: run.log(record, step=step)), run.id
-
-
-def _open_tensorboard(out_dir):
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(str(out_dir))
-
-    def log(record, step):
-        for name, value in record.items():
-            if isinstance(value, (int, float)):
-                writer.add_scalar(name, value, step)
-        writer.flush()
-
-    return log
+def reason(error):
+    """Return an error in a line."""
+    return f'{type(error).__name__}: {" ".join(str(error).split())[:200]}'
