@@ -117,8 +117,6 @@ class Tail:
 
     def feed(self, ids, last=False):
         """Return the text that is now certain; sets `done` at the stop string, at end-of-text, or if `last`."""
-        if self.done:
-            return ''
         self.done = last
         if self.tok.eot in ids:
             ids, self.done = ids[:ids.index(self.tok.eot)], True
@@ -149,7 +147,6 @@ def complete(model, tok, prompt, num_samples, max_new_tokens, *, stop='', live=F
             if tail.done:
                 continue
             if -1 in ids:
-                weight = model.lm_head.weight
-                raise UserError(f'the model computes NaN in {weight.dtype} on {weight.device}; try --dtype=float32 or '
-                                '--device=cpu')
+                raise UserError(f'the model computes NaN in {model.dtype} on {model.lm_head.weight.device}; try '
+                                '--dtype=float32 or --device=cpu')
             yield i, tail.feed(ids, last=left == 0), tail.done

@@ -126,14 +126,14 @@ def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens(
     assert penalize(logits, seen, 1.5).tolist() == [[2.0, -4.5, 3.0, -3.0]]
 
 
+@torch.no_grad()
 def test_penalty_counts_prompt_and_generated_tokens():
     model = tiny()
-    with torch.no_grad():
-        model.lm_head.weight.mul_(0.01)  # opinions so weak that a huge penalty on positive logits decides
-    ids = ids_of(model, [1, 2], 1, 5, temperature=0, repetition_penalty=1e9)[0].tolist()
-    logits, _ = model(torch.tensor([[1, 2]]))
-    order = [i for i in logits[0, -1].argsort(descending=True).tolist() if i not in (1, 2)]
-    assert ids[0] == order[0] and len(set(ids[:3])) == 3 and not {1, 2} & set(ids[:3])
+    pairs = torch.cartesian_prod(torch.arange(13), torch.arange(13))
+    likeliest = model(pairs)[0][:, 0].argmax(-1)
+    prompt = pairs[(likeliest == pairs[:, 0]) & (likeliest != pairs[:, 1])][0].tolist()  # wants its first token again
+    ids = ids_of(model, prompt, 1, 5, temperature=0, repetition_penalty=1e9)[0].tolist()
+    assert len({*prompt, *ids}) == 7
 
 
 @pytest.mark.parametrize('top_k', [0, 1, 13, 18])
@@ -149,7 +149,8 @@ def test_one_candidate_is_greedy(rule):
 
 def test_rules_leave_the_logits_as_they_were():
     logits = TOY.clone()
-    pick(logits, torch.ones(1, 5, dtype=torch.bool), temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=2.0)
+    for seen in (None, torch.ones(1, 5, dtype=torch.bool)):
+        pick(logits, seen, temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=2.0)
     assert torch.equal(logits, TOY)
 
 
@@ -318,11 +319,19 @@ def test_looking_seldom_or_at_each_token_gives_the_same_texts():
     assert texts[0] == texts[1] and all(texts[0])
 
 
-def test_every_sample_is_told_its_end_once():
+@pytest.mark.parametrize('n', [0, 1, 16, 17, 50])
+def test_every_sample_is_told_its_end_once(n):
     model, tok = tiny(vocab_size=256), ByteTokenizer()
-    for n in (0, 1, 16, 17):
-        ends = [i for i, _, last in complete(model, tok, [65], 3, n) if last]
-        assert sorted(ends) == [0, 1, 2], n
+    ends = [i for i, _, last in complete(model, tok, [65], 3, n, top_k=20, stop='a', live=True) if last]
+    assert sorted(ends) == [0, 1, 2]
+
+
+def test_text_holds_no_id_that_the_tokenizer_lacks():
+    model = tiny(vocab_size=300, tie_weights=False)
+    with torch.no_grad():
+        model.transformer.ln_f.bias.fill_(1.0)
+        model.lm_head.weight[256:] = 100 / 16
+    assert all(last for _, _, last in complete(model, ByteTokenizer(), [65], 2, 10))  # decoding one would raise
 
 
 def test_no_new_tokens_is_no_text():
