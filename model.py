@@ -3,15 +3,18 @@
 Letters in shapes: B batch, T time (tokens), C = n_embd channels, nh heads, hs = C / nh head size, V vocabulary.
 With default options parameter names and shapes are nanoGPT's, so either program reads the other's checkpoints.
 """
+import json
 import math
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import torch.utils.checkpoint
 
-CHOICES = {'pos': ('learned', 'rope'), 'norm': ('layernorm', 'rmsnorm'), 'mlp': ('gelu', 'relu2', 'swiglu')}
+CHOICES = {'pos': ('learned', 'rope'), 'norm': ('layernorm', 'rmsnorm'),
+           'mlp': ('gelu', 'gelu_tanh', 'relu2', 'swiglu')}
 NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout')
 GPT2_SIZES = {
     'gpt2': dict(n_layer=12, n_head=12, n_embd=768),  # 124M
@@ -32,7 +35,7 @@ class GPTConfig:
     bias: bool = True  # in Linear and LayerNorm, as GPT-2 has them
     pos: str = 'learned'  # learned | rope
     norm: str = 'layernorm'  # layernorm | rmsnorm (without gain; its models start with silent output projections)
-    mlp: str = 'gelu'  # gelu | relu2 | swiglu
+    mlp: str = 'gelu'  # gelu | gelu_tanh (as OpenAI's GPT-2 computes it) | relu2 | swiglu
     qk_norm: bool = False
     tie_weights: bool = True  # one matrix embeds tokens and scores them
     softcap: float = 0.0  # logits stay within +-softcap; 0 off
@@ -180,6 +183,11 @@ class CausalSelfAttention(nn.Module):
         return self.resid_dropout(self.c_proj(y))
 
 
+def gelu_tanh(x):
+    """GELU by its tanh formula, off by up to 5e-4: what OpenAI's GPT-2 was trained with."""
+    return F.gelu(x, approximate='tanh')
+
+
 def relu2(x):
     """ReLU squared (So et al. 2021, arXiv:2109.08668)."""
     return F.relu(x).square()
@@ -191,7 +199,7 @@ class MLP(nn.Module):
         super().__init__()
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
-        self.act = F.gelu if config.mlp == 'gelu' else relu2
+        self.act = {'gelu': F.gelu, 'gelu_tanh': gelu_tanh, 'relu2': relu2}[config.mlp]
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x):
@@ -354,3 +362,119 @@ class GPT(nn.Module):
                   dict(params=decayed, weight_decay=weight_decay, matrices=False),
                   dict(params=plain, weight_decay=0.0, matrices=False)]
         return [group for group in groups if group['params']]
+
+    @classmethod
+    @torch.no_grad()
+    def from_pretrained(cls, source, dropout=0.0, block_size=0):
+        """Return the GPT-2 of `source`, on the CPU: one of GPT2_SIZES, or a folder in Hugging Face's GPT-2 layout.
+
+        block_size: the context to crop it to; 0 keeps all. The files are mapped and copied one tensor at a time, so
+        memory holds the model once. ValueError says which file or tensor is missing or wrong.
+        """
+        config = gpt2_config(source)
+        config.dropout = dropout
+        model = cls(config, init=False)
+        left = dict(model.named_parameters())
+        for path in gpt2_files(source):
+            for name, tensor in read_safetensors(path):
+                stem, _, leaf = name.removeprefix('transformer.').rpartition('.')
+                if stem.endswith('.attn') or stem == 'lm_head':
+                    continue  # buffers of the causal mask; the head, which is the embedding
+                target = left.pop(f'transformer.{stem}.{leaf}', None)
+                if target is None:
+                    raise ValueError(f'{path}: unexpected tensor {name}; is config.json its own?')
+                if stem.startswith('h.') and leaf == 'weight':
+                    tensor = tensor.t()  # Conv1D keeps (in, out), Linear (out, in); a vector stays
+                if target.shape != tensor.shape:
+                    raise ValueError(f'{path}: {name} makes {tuple(tensor.shape)}, expected {tuple(target.shape)}; '
+                                     'is config.json its own?')
+                target.copy_(tensor)
+        if left:
+            raise ValueError(f'{path} lacks {len(left)} tensors of the model, e.g. {next(iter(left))}')
+        if block_size:
+            model.crop_block_size(block_size)
+        return model
+
+
+def gpt2_config(source):
+    """Return the GPTConfig of a name in GPT2_SIZES, or of the config.json in a folder in Hugging Face's GPT-2 layout.
+
+    ValueError where there is none, or where it asks for what this GPT cannot compute.
+    """
+    if source in GPT2_SIZES:
+        return GPTConfig(vocab_size=50257, mlp='gelu_tanh', **GPT2_SIZES[source])
+    path = Path(source) / 'config.json'
+    try:
+        have = json.loads(path.read_text(encoding='utf-8'))
+        sizes = {'block_size': 1024, 'vocab_size': 50257, **GPT2_SIZES['gpt2']}  # what GPT2Config assumes
+        sizes = {ours: int(have.get({'block_size': 'n_positions'}.get(ours, ours), n)) for ours, n in sizes.items()}
+    except FileNotFoundError:
+        raise ValueError(f'{path} not found; the folder must hold config.json and model.safetensors') from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f'{path} is damaged ({error})') from None
+    only = {'model_type': ('gpt2',), 'layer_norm_epsilon': (1e-5,), 'n_inner': (None, 4 * sizes['n_embd']),
+            'activation_function': ('gelu_new', 'gelu_pytorch_tanh', 'gelu'), 'tie_word_embeddings': (True,),
+            'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
+    for key, values in only.items():
+        if have.get(key, values[0]) not in values:
+            raise ValueError(f'{path}: {key}={have[key]!r}; this program computes {values[0]!r} only')
+    config = GPTConfig(mlp='gelu' if have.get('activation_function') == 'gelu' else 'gelu_tanh', **sizes)
+    if config.problems():
+        raise ValueError(f'{path}: {"; ".join(config.problems())}')
+    return config
+
+
+def gpt2_files(source):
+    """Return the safetensors files of a name in GPT2_SIZES (from the hub or its cache), or of a folder.
+
+    ValueError where they cannot be had, with what to do.
+    """
+    if source in GPT2_SIZES:
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.utils.logging import set_verbosity_error
+        for repository in (f'openai-community/{source}', source):  # its name now, and in older caches
+            found = try_to_load_from_cache(repository, 'model.safetensors')
+            if isinstance(found, str):
+                return [found]
+        set_verbosity_error()  # its six tries say a line each
+        try:
+            return [hf_hub_download(f'openai-community/{source}', 'model.safetensors')]
+        except Exception as error:  # network, hub, proxy and disk have their own kinds each
+            reason = (str(error).strip().splitlines() or [''])[0]
+            raise ValueError(
+                f'cannot fetch {source}, and it is not cached ({type(error).__name__}: {reason[:120]}); where there is '
+                f'a connection save config.json and model.safetensors of huggingface.co/openai-community/{source} to '
+                'a folder, copy it here and say --init_from=FOLDER, or set HF_HOME to a cache that has it') from None
+    folder = Path(source)
+    index = folder / 'model.safetensors.index.json'
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding='utf-8'))['weight_map'].values()))
+    except FileNotFoundError:
+        names = ['model.safetensors']
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f'{index} is damaged ({type(error).__name__}: {error})') from None
+    absent = [name for name in names if not (folder / name).is_file()]
+    if absent:
+        raise ValueError(f'{folder / absent[0]} not found; put it there, from where config.json came')
+    return [folder / name for name in names]
+
+
+def read_safetensors(path):
+    """Yield (name, tensor) of a safetensors file, whose tensors are mapped, not read; ValueError where it is cut."""
+    from safetensors import SafetensorError, safe_open
+    try:
+        with safe_open(path, framework='pt') as file:
+            for name in file.keys():
+                yield name, file.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        size = Path(path).stat().st_size
+        try:  # eight bytes give the length of a JSON header, which gives each tensor's place behind it
+            with open(path, 'rb') as file:
+                start = 8 + int.from_bytes(file.read(8), 'little')
+                header = json.loads(file.read(min(start, size)))
+            ends = {name: start + entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'}
+            name = next(name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size)
+            what = f'is cut off in {name} ({size:,} of {max(ends.values()):,} bytes)'
+        except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+            what = f'is no whole safetensors file ({size:,} bytes; {error})'
+        raise ValueError(f'{path} {what}; fetch it again') from None
