@@ -67,10 +67,12 @@ def _survey(pieces, limit):
 
 def _by_document(pieces, fraction):
     """Spread validation documents evenly: at a fraction of 0.1 every tenth one."""
-    number = 0
+    number, split = 0, 'train'
     for text, ends in pieces:
-        yield 'val' if int((number + 1) * fraction) > int(number * fraction) else 'train', text, ends
-        number += ends
+        yield split, text, ends
+        if ends:
+            number += 1
+            split = 'val' if int((number + 1) * fraction) > int(number * fraction) else 'train'
 
 
 def _by_position(pieces, n_train):
@@ -84,19 +86,22 @@ def _by_position(pieces, n_train):
             yield 'val', text[room:], ends
 
 
-def _jobs(stream, cut):
-    """Gather (split, text, ends) into jobs (split, pieces) of about a chunk, cutting only where ids do not change."""
+def _jobs(stream, cut, marks):
+    """Gather (split, text, ends) into jobs (split, pieces) of about a chunk, cutting only where ids do not change.
+
+    marks: whether documents end with a mark.
+    """
     rest, job, size = {'train': '', 'val': ''}, {'train': [], 'val': []}, {'train': 0, 'val': 0}
     for split, text, ends in stream:
-        text = rest[split] + text
-        rest[split] = ''
+        if rest[split]:
+            text, rest[split] = rest[split] + text, ''
         if not ends:
             at = cut(text, len(text) - _WINDOW) if len(text) > _WINDOW else -1
             if at < 0:  # no place to cut: wait for more
                 rest[split] = text
                 continue
             text, rest[split] = text[:at], text[at:]
-        job[split].append((text, ends))
+        job[split].append((text, ends and marks))
         size[split] += len(text)
         if size[split] >= sources.CHUNK:
             yield split, job[split]
@@ -119,8 +124,8 @@ def _start_worker(spec):
 
 def _work(split, pieces, coder=None):
     """Return (split, ids, characters, bytes) of a job."""
-    n_bytes = sum(len(encoded(text)) for text, _ in pieces)
-    return split, (coder or _worker).pack(pieces), sum(len(text) for text, _ in pieces), n_bytes
+    text = ''.join([text for text, _ in pieces])
+    return split, (coder or _worker).pack(pieces), len(text), len(encoded(text))
 
 
 def _cores():
@@ -280,7 +285,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         stream = _by_document(pieces(paths), settings['val_fraction'])
     else:
         stream = _by_position(pieces(paths), int(n_chars * (1 - settings['val_fraction'])))
-    jobs = _jobs(((split, text, ends and many) for split, text, ends in stream), coder.cut)
+    jobs = _jobs(stream, coder.cut, many)
     results = _tokenize(jobs, coder, settings['num_proc'] or _cores())
     meta, n_chars = write(folder, coder, _with_bar(results))
     _report(folder, coder, meta, n_chars)
@@ -345,7 +350,8 @@ def prepare(script_file, source='', val_source='', where='', delimiter='', rewri
     try:
         _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect)
     except OSError as error:
-        raise UserError(f'{error.filename or script.parent}: {error.strerror or error}; mend that and try again') from None
+        name = error.filename or script.parent
+        raise UserError(f'{name}: {error.strerror or error}; mend that and try again') from None
     except KeyboardInterrupt:
         print('interrupted; run it again', file=sys.stderr)
         raise SystemExit(130) from None

@@ -67,6 +67,8 @@ def document(text):
 
 def _fields(record, keys, place):
     """Join the text under `keys` of a JSON or parquet record; keys that are absent or null count as empty."""
+    if len(keys) == 1 and type(text := record.get(keys[0])) is str:  # nearly always
+        return text
     if not any(key in record for key in keys):
         raise UserError(f'{place}: no key {" or ".join(keys)} among {", ".join(map(str, record))}; say --text_key=...')
     values = [record.get(key) or '' for key in keys]
@@ -85,7 +87,8 @@ def _json_lines(path, codec, keys):
             if not isinstance(record, dict):
                 raise UserError(f'{path}:{number}: expected one JSON object a line, found {type(record).__name__}')
             text = _fields(record, keys, f'{path}:{number}')
-            encoded(text)
+            if '\\u' in line:  # only such an escape can bring in half a character
+                encoded(text)
         except json.JSONDecodeError as error:
             raise UserError(f'{path}:{number}: not JSON ({error.msg}); expected one object a line') from None
         except TextError as error:

@@ -15,6 +15,7 @@ import pickle
 import re
 import unicodedata
 from functools import cached_property
+from itertools import groupby
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +29,10 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # punctuation mark, and its look-ahead matters only after white space. So behind such a character a new match surely
 # begins, the text before it splits as it would alone, and so does the text after it.
 SAFE_CUT = re.compile(r'\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?)，。；：！？、）」』”])')
+# Looking ahead makes the split slow, and it matters only for three white-space characters in a row or two at the end of
+# a text; text without such RUNS is split by PLAIN_SPLIT in the same places, twice as fast.
+PLAIN_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s"""
+RUNS = re.compile(r'\s\s(?:\s|\Z)')
 TWINS = dict(zip('."\'<>-$', '。“‘《》—￥', strict=True))  # marks whose usual Chinese form is not their full-width form
 
 
@@ -154,18 +159,30 @@ class BPETokenizer(_Tokenizer):
             raise UserError('BPE needs the package tiktoken: pip install tiktoken') from None
         return self._load(tiktoken)
 
+    @cached_property
+    def _plain(self):
+        exact = self._encoding
+        return type(exact)('plain', pat_str=PLAIN_SPLIT, mergeable_ranks=exact._mergeable_ranks,
+                           special_tokens=exact._special_tokens)
+
     def encode(self, text):
         encoded(text)
         return self._encoding.encode_ordinary(text)
 
     def pack(self, pieces):
-        joined = ''.join([text + EOT if ends else text for text, ends in pieces])
-        encoded(joined)
-        if joined.count(EOT) == sum(ends for _, ends in pieces):  # one call for many documents is twice as fast
-            ids = self._encoding.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
-        else:  # somewhere the text itself spells out the mark
-            ids = np.array([i for text, ends in pieces for i in self.encode(text) + [self.eot] * ends])
-        return ids.astype(self.dtype)
+        """As the module says; many documents go in one call, which is twice as fast as one by one."""
+        parts = [np.empty(0, self.dtype)]
+        for (runs, _), group in groupby(pieces, lambda piece: (RUNS.search(piece[0]) is not None, EOT in piece[0])):
+            group = list(group)
+            joined = ''.join([text + EOT if ends else text for text, ends in group])
+            encoded(joined)
+            if joined.count(EOT) == sum(ends for _, ends in group):
+                coder = self._encoding if runs else self._plain
+                ids = coder.encode_to_numpy(joined, allowed_special={EOT}, disallowed_special=())
+            else:  # the text itself spells out the mark
+                ids = np.array([i for text, ends in group for i in self.encode(text) + [self.eot] * ends])
+            parts.append(ids.astype(self.dtype))
+        return np.concatenate(parts)
 
     def decode_bytes(self, ids):
         return self._encoding.decode_bytes(_check_range(ids, self.vocab_size).tolist())

@@ -272,7 +272,7 @@ def test_parquet_without_the_key_names_the_columns(prepare, tmp_path, capfd):
     assert 'no key text among body; say --text_key=' in fails(capfd, lambda: prepare(tmp_path / 'a.parquet'))
 
 
-@pytest.mark.parametrize('damage', [lambda raw: raw[:-500], lambda raw: raw[:-4] + b'xxxx', lambda raw: raw[:10] + b'x' * 99])
+@pytest.mark.parametrize('damage', [lambda raw: raw[:-9], lambda raw: raw[:-4] + b'xxxx', lambda raw: raw[:10] + b'x'])
 def test_a_damaged_gzip_file_is_named(prepare, tmp_path, capfd, damage):
     path = put(tmp_path / 'a.gz', damage(gzip.compress(TEXT.encode(), mtime=0) * 9))
     assert f'{path} is a damaged gzip file' in fails(capfd, lambda: prepare(path))

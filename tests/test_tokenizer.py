@@ -153,6 +153,15 @@ def test_cutting_at_any_safe_place_changes_no_id(seed):
         assert coder.encode(text[:at]) + coder.encode(text[at:]) == whole, (at, text[at - 3:at + 3])
 
 
+@pytest.mark.parametrize('seed', range(40))
+def test_packing_splits_any_text_as_encode_does(seed):
+    coder = tokenizer.gpt2() if have_gpt2() else train_bpe([''.join(NASTY) * 9, "it's 12,  the end.\n\n"], 400)
+    rng = random.Random(seed)
+    texts = [''.join(rng.choices(NASTY, k=rng.randrange(12))) for _ in range(60)]
+    expected = [i for text in texts for i in coder.encode(text) + [coder.eot]]
+    assert coder.pack([(text, True) for text in texts]).tolist() == expected
+
+
 def test_a_text_without_a_safe_place_is_not_cut():
     assert train_bpe(['a'], 257).cut('a' * 1000, 500) == -1
 
