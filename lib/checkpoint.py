@@ -123,6 +123,8 @@ def load(path, mmap=False):
         raise UserError(f'{path} is damaged ({str(error).splitlines()[0]})') from error
     if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ('model', 'model_args'))):
         raise UserError(f'{path} is not a checkpoint of this program: it has no model and model_args')
+    if odd := [name for name, tensor in state['model'].items() if not isinstance(tensor, torch.Tensor)]:
+        raise UserError(f'{path} is not a checkpoint of this program: {odd[0]} is not a tensor')
     state['model'] = {_bare(name): tensor for name, tensor in state['model'].items()}
     return state
 
@@ -146,6 +148,8 @@ def newest(out_dir):
             continue
         try:
             state = load(path)
+            if missing := [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in state]:
+                raise UserError(f'{path} has no {" and no ".join(missing)}: a model, but not a training state')
         except UserError as error:
             passed_over.append(error.message)
             continue

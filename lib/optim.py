@@ -31,7 +31,10 @@ class MuonAdamW(torch.optim.AdamW):
             if p.grad is not None:
                 by_shape.setdefault(p.shape, []).append(p)
         for (rows, columns), params in by_shape.items():
-            momenta = [self.state[p].setdefault('momentum', torch.zeros_like(p)) for p in params]
+            for p in params:
+                if not self.state[p]:  # AdamW's loader wants a `step` in every state
+                    self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
+            momenta = [self.state[p]['momentum'] for p in params]
             grads = [p.grad for p in params]
             if found_inf is not None:  # a step that is not finite changes nothing
                 if found_inf.device.type == 'cpu' and found_inf:

@@ -247,14 +247,14 @@ def peak_flops(runtime, override=0.0):
 class Late:
     """Reads small tensors off the device: at once on the CPU, one call late on CUDA, so that no call waits.
 
-    The first call on CUDA, with nothing to tell yet, returns zeros.
+    calls: how many calls late, 0 or 1. The first call on CUDA, with nothing to tell yet, returns zeros.
     """
 
     def __init__(self, runtime):
-        self.cuda, self.before = runtime.device.type == 'cuda', None
+        self.calls, self.before = int(runtime.device.type == 'cuda'), None
 
     def __call__(self, tensor):
-        if not self.cuda:
+        if not self.calls:
             return tensor.tolist()
         host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
         host.copy_(tensor, non_blocking=True)
