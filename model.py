@@ -471,7 +471,7 @@ def read_safetensors(path):
         try:  # eight bytes give the length of a JSON header, which gives each tensor's place behind it
             with open(path, 'rb') as file:
                 start = 8 + int.from_bytes(file.read(8), 'little')
-                header = json.loads(file.read(min(start, size)))
+                header = json.loads(file.read(min(start - 8, size)))
             ends = {name: start + entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'}
             name = next(name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size)
             what = f'is cut off in {name} ({size:,} of {max(ends.values()):,} bytes)'

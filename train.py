@@ -14,7 +14,7 @@ import time
 import torch
 
 from configurator import UserError, configure
-from lib import checkpoint, models, preflight, report, runtime
+from lib import checkpoint, lora, models, preflight, report, runtime
 from lib.dataset import eval_starts, eval_windows, train_starts
 from lib.optim import make_optimizer, restore
 from model import GPT, GPTConfig
@@ -52,11 +52,11 @@ dropout = 0.0  # 0 for pretraining, 0.1 or more where data is short
 bias = False  # biases in Linear and LayerNorm, as in GPT-2
 pos = 'learned'  # learned | rope
 norm = 'layernorm'  # layernorm | rmsnorm
-mlp = 'gelu'  # gelu | relu2 | swiglu
+mlp = 'gelu'  # gelu | gelu_tanh (OpenAI's GPT-2) | relu2 | swiglu
 qk_norm = False  # normalise queries and keys
 tie_weights = True  # share the embedding with the output head
 softcap = 0.0  # keep logits within +-softcap; 0 off
-lora_rank = 0  # train low-rank adapters of this rank instead of the matrices; 0 off
+lora_rank = 0  # fine-tune with low-rank adapters of this rank and the weights frozen; 0 off
 checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more time
 
 # optimizer
@@ -172,6 +172,8 @@ def main():
                               tie_weights, softcap))
     else:
         model = models.pretrained(init_from, dropout=dropout, block_size=block_size)
+    if lora_rank and not resumed:
+        lora.adapt(model, lora_rank)
     model.compute_dtype = rt.dtype  # weights stay float32
     model.checkpoint_activations = checkpoint_activations
     model.to(rt.device).train()
@@ -245,8 +247,10 @@ def main():
         if rt.master:
             try:
                 say(f'saving checkpoint to {out_dir}')
+                if lora_rank and also_ckpt:
+                    checkpoint.save(f'{out_dir}/ckpt.pt', {**state, 'model': lora.merged(state['model'])})
                 checkpoint.save(f'{out_dir}/last.pt', state, keep_previous=True,
-                                also=f'{out_dir}/ckpt.pt' if also_ckpt else None)
+                                also=f'{out_dir}/ckpt.pt' if also_ckpt and not lora_rank else None)
             except UserError as error:
                 failure = error.message
                 report.warn(failure)

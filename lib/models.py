@@ -1,11 +1,12 @@
 """From a name to a model and its tokenizer: what sample.py, evaluate.py, export.py and train.py have in common."""
+import json
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, find_path
-from lib import checkpoint, dataset, tokenizer
-from model import GPT, GPT2_SIZES, GPTConfig
+from lib import checkpoint, dataset, lora, tokenizer
+from model import GPT, GPT2_SIZES, GPTConfig, gpt2_config
 
 
 def build(state, path, **overrides):
@@ -16,6 +17,8 @@ def build(state, path, **overrides):
     try:
         config = GPTConfig(**{**state['model_args'], **overrides})
         model = GPT(config, init=False)
+        if rank := lora.rank_of(state['model']):
+            lora.adapt(model, rank)
     except (TypeError, ValueError) as error:
         raise UserError(f'{path}: model_args do not describe a model of this program: {error}') from error
     wrong = problems(model.state_dict(), state['model'])
@@ -52,17 +55,58 @@ def open_model(init_from, out_dir, **overrides):
             spec = dataset.tokenizer_spec(dataset.folder(state.get('config', {}).get('dataset', '')))
         return build(state, path, **overrides), tokenizer.from_spec(spec), state
     if init_from in GPT2_SIZES or find_path(init_from).is_dir():
-        model = pretrained(init_from, **overrides)
-        return model, tokenizer.from_spec({'kind': 'gpt2'}), {}
+        return pretrained(init_from, **overrides), tokenizer.from_spec(pretrained_tokenizer(init_from)), {}
     raise UserError(f'init_from={init_from!r}: expected resume, {", ".join(GPT2_SIZES)}, or a folder with '
                     'config.json and model.safetensors')
 
 
+def _source(name):
+    return name if name in GPT2_SIZES else find_path(name)
+
+
 def pretrained(name, **overrides):
-    """Return GPT-2 `name` or the model in a local folder in Hugging Face's GPT-2 layout."""
-    raise UserError(f'init_from={name}: loading GPT-2 weights is not built yet')
+    """Return GPT-2 `name`, or the model in folder `name`, in eval mode on the CPU; UserError says what is wrong.
+
+    overrides: dropout, block_size; see GPT.from_pretrained.
+    """
+    try:
+        return GPT.from_pretrained(_source(name), **overrides).eval()
+    except ValueError as error:
+        raise UserError(f'init_from={name}: {error}') from error
+
+
+def pretrained_config(name):
+    """Return the GPTConfig of what `pretrained` would load, without loading it."""
+    try:
+        return gpt2_config(_source(name))
+    except ValueError as error:
+        raise UserError(f'init_from={name}: {error}') from error
+
+
+def pretrained_tokenizer(name):
+    """Return the tokenizer spec of what `pretrained` would load: GPT-2's, or what export.py left in the folder.
+
+    UserError where the folder's vocabulary is neither.
+    """
+    if name in GPT2_SIZES:
+        return {'kind': 'gpt2'}
+    folder = find_path(name)
+    try:
+        if (path := folder / 'tokenizer_spec.json').exists():
+            return json.loads(path.read_text(encoding='utf-8'))
+        vocabulary = {}
+        if (path := folder / 'vocab.json').exists():
+            vocabulary = json.loads(path.read_text(encoding='utf-8'))
+        elif (path := folder / 'tokenizer.json').exists():
+            vocabulary = json.loads(path.read_text(encoding='utf-8'))['model']['vocab']
+        known = vocabulary and vocabulary.items() >= {'\u0120the': 262, '\u0120gazed': 50255}.items()
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path} is damaged ({type(error).__name__}: {error})') from error
+    if vocabulary and not known:
+        raise UserError(f"{path} is another vocabulary than GPT-2's, which is all that this program reads")
+    return {'kind': 'gpt2'}
 
 
 def has_nan(model):
     """True where a parameter is not a number or infinite."""
-    return any(not torch.isfinite(p).all() for p in model.parameters())
+    return any(not torch.isfinite(p.detach().sum()) for p in model.parameters())  # a sum needs no memory

@@ -2,7 +2,7 @@
 import os
 
 from configurator import UserError, find_path
-from lib import checkpoint, dataset, runtime
+from lib import checkpoint, dataset, lora, models, runtime
 from model import CHOICES, GPT2_SIZES, GPTConfig
 
 SETTING_CHOICES = {
@@ -27,6 +27,11 @@ CONFLICTS = (
      'dtype=float16 needs the gradient scaling that only CUDA has here; use bfloat16 or float32'),
     (lambda s: s['eval_only'] and s['init_from'] in ('scratch', 'auto'),
      'eval_only needs a model: --init_from=resume or gpt2*'),
+    (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
+     'lora_rank adapts a trained model: --init_from=gpt2* or a folder; to continue a run --init_from=resume'),
+    (lambda s: s['lora_rank'] > 0 and s['parallel'] == 'fsdp', 'lora_rank works with parallel=ddp only'),
+    (lambda s: s['lora_rank'] > 0 and s['optimizer'] == 'muon',
+     'lora_rank trains thin matrices, which muon is not for; use --optimizer=adamw'),
     (lambda s: s['decay_lr'] and s.given('lr_decay_iters') and 0 < s['lr_decay_iters'] <= s['warmup_iters'],
      'warmup_iters must be below lr_decay_iters, or the learning rate never decays'),
 )
@@ -44,7 +49,7 @@ def values(s):
         found.append(f'cooldown_frac must be above 0 and at most 1, got {s["cooldown_frac"]}')
     config = GPTConfig(vocab_size=1, dropout=s['dropout'], **{name: s[name] for name in ARCHITECTURE})
     found += [problem for problem in config.problems() if problem.split()[0] not in CHOICES]
-    if s['init_from'] not in ('scratch', 'resume', 'auto', *GPT2_SIZES) and not find_path(s['init_from']).is_dir():
+    if s['init_from'] not in ('scratch', 'resume', 'auto') and not _is_pretrained(s):
         found.append(f'init_from={s["init_from"]!r}: expected scratch, resume, auto, {", ".join(GPT2_SIZES)}, or a '
                      'folder with config.json and model.safetensors')
     problem = runtime.device_problem(s['device'])
@@ -79,6 +84,31 @@ def adopt(s, state, path):
     return found
 
 
+def _adopt_pretrained(s):
+    """Take over the architecture of the GPT-2 that init_from names; a smaller block_size that was given crops it."""
+    try:
+        config = models.pretrained_config(s['init_from'])
+    except UserError as error:
+        return [error.message]
+    if s.given('block_size') and s['block_size'] > config.block_size:
+        return [f'block_size={s["block_size"]} but {s["init_from"]} has {config.block_size} positions; lower it']
+    if s.given('block_size'):
+        config.block_size = s['block_size']
+    return adopt(s, {'model_args': vars(config)}, s['init_from'])
+
+
+def _adopt_lora(s, state, path):
+    """Take over the rank of a checkpoint's adapters, without which its optimizer state means nothing."""
+    rank = lora.rank_of(state['model'])
+    if s['eval_only'] or s['lora_rank'] == rank:
+        return []
+    if s.given('lora_rank'):
+        return [f'lora_rank={s["lora_rank"]} but the checkpoint {path} has {f"rank {rank}" if rank else "no adapters"}'
+                f'; {"drop it" if rank else "to adapt its model, export it and name the folder with --init_from"}']
+    s['lora_rank'], s.origins['lora_rank'] = rank, str(path)
+    return []
+
+
 def check(s, opened):
     """Return all that is wrong with a training run's Settings, and leave in `opened` what was read on the way.
 
@@ -98,9 +128,12 @@ def check(s, opened):
             found.append(error.message)
         else:
             if opened['resume']:
-                found += adopt(s, opened['resume'][1], opened['resume'][0])
+                path, state = opened['resume']
+                found += adopt(s, state, path) + _adopt_lora(s, state, path)
             elif s['init_from'] == 'resume':
                 found.append(f'no checkpoint in {s["out_dir"]}/ to resume; use --init_from=auto to start fresh')
+    elif _is_pretrained(s):
+        found += _adopt_pretrained(s)
     if not s.given('lr_decay_iters'):
         s['lr_decay_iters'] = s['max_iters']
     if not s.given('min_lr'):
@@ -112,10 +145,26 @@ def check(s, opened):
         return found + [error.message]
     if opened['resume']:
         found += _foreign_data(*opened['resume'], opened['data'])
-    if s['init_from'] in GPT2_SIZES and opened['data'].tokenizer['kind'] != 'gpt2':
-        found.append(f'dataset {s["dataset"]} is tokenized by {opened["data"].tokenizer["kind"]}, '
-                     f'{s["init_from"]} by gpt2; prepare it with --tokenizer=gpt2')
+    if _is_pretrained(s) and not found:
+        found += foreign_weights(s['init_from'], opened['data'])
     return found
+
+
+def _is_pretrained(s):
+    return s['init_from'] in GPT2_SIZES or find_path(s['init_from']).is_dir()
+
+
+def foreign_weights(name, data):
+    """Return why GPT-2 `name` cannot read dataset `data`, in a list that is empty when it can."""
+    try:
+        spec, size = models.pretrained_tokenizer(name), models.pretrained_config(name).vocab_size
+    except UserError as error:
+        return [error.message]
+    if spec != data.tokenizer:
+        return [f'dataset {data.name} is tokenized by {data.tokenizer["kind"]}, {name} by '
+                f'{"another " * (spec["kind"] == data.tokenizer["kind"])}{spec["kind"]}; '
+                f'prepare it with --tokenizer={spec["kind"]}']
+    return [f'dataset {data.name} has {data.vocab_size} tokens, {name} {size}'] * (data.vocab_size > size)
 
 
 def _foreign_data(path, state, data):

@@ -1,0 +1,25 @@
+"""GPT-2 of 124M parameters from scratch on OpenWebText: nanoGPT reached a loss of about 2.85 in 4 days on 8 A100.
+
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
+
+On one GPU the same command without torchrun does the same work eight times as slowly.
+"""
+out_dir = 'out-gpt2'
+dataset = 'openwebtext'
+wandb_project = 'owt'
+wandb_run_name = 'gpt2-124M'
+
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens an iteration, over all GPUs together
+batch_size = 12  # for 24 GB or more; on 16 GB --batch_size=4 --gradient_accumulation_steps=120 is the same iteration
+block_size = 1024
+gradient_accumulation_steps = 5 * 8
+
+max_iters = 600000  # 300 billion tokens, 33 epochs
+learning_rate = 6e-4  # GPT-3's for this size
+min_lr = 6e-5
+warmup_iters = 2000
+weight_decay = 0.1
+
+eval_interval = 1000
+eval_iters = 200
+log_interval = 10

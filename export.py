@@ -1,0 +1,128 @@
+"""Hand a model on: write a checkpoint as a folder that Hugging Face's transformers, and what builds on it, can load.
+
+    python export.py --out_dir=out-shakespeare                       writes out-shakespeare/hf
+    python export.py --out_dir=out-shakespeare --to=my-gpt2          writes my-gpt2
+    python sample.py --init_from=my-gpt2                             reads such a folder, as do train.py and evaluate.py
+
+The folder holds config.json, model.safetensors and the tokenizer. Only GPT-2's architecture can be written: the
+options pos, norm, qk_norm, tie_weights, softcap and most of mlp have no place in transformers' GPT-2 class.
+"""
+import json
+import math
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from configurator import UserError, configure
+from lib import models
+
+init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
+out_dir = 'out'  # folder of the training run, relative to the working directory
+to = ''  # folder to write; '' is OUT_DIR/hf
+
+# GPTConfig's options, and the values that transformers' GPT-2 class can express
+EXPRESSIBLE = {'pos': ('learned',), 'norm': ('layernorm',), 'mlp': ('gelu', 'gelu_tanh'), 'qk_norm': (False,),
+               'tie_weights': (True,), 'softcap': (0.0,)}
+
+
+def hf_config(config, tok):
+    """Return config.json's content for a GPTConfig; UserError names what GPT-2's class in transformers lacks."""
+    lacking = [f'{name}={getattr(config, name)}' for name, values in EXPRESSIBLE.items()
+               if getattr(config, name) not in values]
+    if lacking:
+        raise UserError(f"{', '.join(lacking)}: transformers' GPT-2 class cannot express this model; only the default "
+                        'architecture can be exported')
+    return {
+        'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'vocab_size': config.vocab_size,
+        'n_positions': config.block_size, 'n_embd': config.n_embd, 'n_layer': config.n_layer, 'n_head': config.n_head,
+        'activation_function': 'gelu_new' if config.mlp == 'gelu_tanh' else 'gelu', 'layer_norm_epsilon': 1e-5,
+        'resid_pdrop': config.dropout, 'embd_pdrop': config.dropout, 'attn_pdrop': config.dropout,
+        'bos_token_id': tok.eot, 'eos_token_id': tok.eot, 'tie_word_embeddings': True, 'dtype': 'float32',
+    }
+
+
+def hf_tensors(model):
+    """Return the weights under transformers' names: Conv1D's are (in, out), and a bias that was left out is zero."""
+    tensors = {}
+    for name, p in model.named_parameters():
+        p = p.detach().float()
+        inner = name.startswith('transformer.h.') and p.dim() == 2
+        tensors[name] = (p.t() if inner else p).contiguous()
+        if not model.config.bias and (inner or '.ln_' in name):
+            tensors[name.removesuffix('weight') + 'bias'] = torch.zeros(len(p))
+    return tensors
+
+
+def halves(token, ranks):
+    """Return the two tokens that byte pair encoding joined into `token`, bytes; ranks: {token: its rank}."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def hf_tokenizer(tok):
+    """Return `tok` as a Tokenizer of the package tokenizers, with the same ids for the same text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    if tok.kind == 'char':
+        made = Tokenizer(models.BPE({char: i for i, char in enumerate(tok.chars)}, []))
+        made.decoder = decoders.Fuse()
+        return made
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # the library's stand-ins for bytes: Latin-1 letters are
+    hidden = sorted(set(range(256)) - set(map(ord, letters)))  # themselves, the rest follow from U+0100 on in order
+    letter_of = {ord(c) if ord(c) < 256 else hidden[ord(c) - 256]: c for c in letters}
+    ids = {tok.decode_bytes([i]): i for i in range(tok.vocab_size) if i != tok.eot}
+    written = {token: ''.join(letter_of[byte] for byte in token) for token in ids}
+    merges = [tuple(written[half] for half in halves(token, ids)) for token in ids if len(token) > 1]
+    vocabulary = {written[token]: i for token, i in ids.items()}
+    if tok.eot is not None:
+        vocabulary[tok.mark] = tok.eot
+    made = Tokenizer(models.BPE(vocabulary, merges))
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    if tok.eot is not None:
+        made.add_special_tokens([tok.mark])
+    return made
+
+
+def write_tokenizer(tok, folder):
+    """Write tokenizer.json and what transformers wants beside it, and the spec that this program reads."""
+    special = {} if tok.eot is None else {f'{name}_token': tok.mark for name in ('bos', 'eos', 'unk')}
+    made = hf_tokenizer(tok)
+    made.save(str(folder / 'tokenizer.json'))
+    kind = 'PreTrainedTokenizerFast' if tok.kind == 'char' else 'GPT2TokenizerFast'
+    (folder / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': kind, **special}), encoding='utf-8')
+    if tok.eot is not None:
+        made.model.save(str(folder))  # vocab.json and merges.txt, which older programs read
+
+
+def main(argv=None):
+    configure(globals(), argv)
+    from safetensors.torch import save_file
+    folder = Path(to or Path(out_dir) / 'hf')
+    model, tok, _ = models.open_model(init_from, out_dir)
+    config = hf_config(model.config, tok)
+    if models.has_nan(model):
+        raise UserError(f'the weights of {out_dir if init_from == "resume" else init_from} are not finite')
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / 'config.json').unlink(missing_ok=True)  # written last: a folder without it is not whole
+        save_file(hf_tensors(model), folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
+        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
+        (folder / 'tokenizer_spec.json').write_text(json.dumps(tok.spec), encoding='utf-8')
+        try:
+            write_tokenizer(tok, folder)
+        except (UserError, ImportError) as error:  # the model is of use without them
+            print(f'no tokenizer files: {getattr(error, "message", error)}', file=sys.stderr)
+        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+    except OSError as error:
+        raise UserError(f'cannot write {folder} ({error.strerror}); name another folder with --to') from error
+    print(f'number of parameters: {model.num_params() / 1e6:.2f}M')
+    print(f'{", ".join(sorted(p.name for p in folder.iterdir()))} are in {folder}')
+
+
+if __name__ == '__main__':
+    main()

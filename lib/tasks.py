@@ -1,0 +1,81 @@
+"""Public tests of language models by multiple choice or completion: their files, what is scored, and by which rule.
+
+HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings follows a context. LAMBADA (Paperno et al.
+2016, arXiv:1606.06031): the last word of a text that needs all of it. A row is (context ids, continuation ids), a score
+(the continuation's summed loss in nats, its number of tokens, whether each of its tokens was the likeliest).
+"""
+import json
+import math
+import re
+
+from configurator import REPO, UserError
+from lib.sources import download
+
+URL = {'hellaswag': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
+       'lambada': 'https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl'}
+KEYS = {'hellaswag': ('ctx', 'endings', 'label'), 'lambada': ('text',)}
+RULE = {'hellaswag': 'context and ending as released; acc_norm: lowest mean loss per token, acc: lowest summed loss',
+        'lambada': 'detokenised; acc: each token of the last word is the likeliest, perplexity: of the whole word'}
+
+
+def read(task, path, limit=0):
+    """Return the items of a task, the first `limit` or all: from JSON lines at `path`, or downloaded where it is None.
+
+    UserError names a line that is not an item.
+    """
+    if path is None:
+        path = REPO / 'data' / task / 'input.jsonl'
+        if not path.exists():
+            try:
+                download(URL[task], path)
+            except UserError as error:
+                reason = error.message.split(';')[0]
+                raise UserError(f'{reason}; put it at {path}, or name a copy with --input=PATH') from None
+    items = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        if line.strip():
+            try:
+                item = json.loads(line)
+            except ValueError as error:
+                raise UserError(f'{path}:{number}: not JSON ({error}); expected one object a line') from None
+            if not isinstance(item, dict) or not all(key in item for key in KEYS[task]):
+                raise UserError(f'{path}:{number}: expected an object with {", ".join(KEYS[task])}')
+            items.append(item)
+        if len(items) == limit > 0:
+            break
+    if not items:
+        raise UserError(f'{path} holds no items')
+    return items
+
+
+def rows(task, items, tok):
+    """Return what has to be scored: for HellaSwag a row for each ending, for LAMBADA one for each text."""
+    if task == 'hellaswag':
+        return [(tok.encode(item['ctx']) or tok.start_ids, tok.encode(' ' + ending))
+                for item in items for ending in item['endings']]
+    texts = [detokenize(item['text']).rstrip() for item in items]
+    cuts = [max(text.rfind(' '), text.rfind('\n'), 0) for text in texts]  # the last word keeps the space before it
+    return [(tok.encode(text[:cut]) or tok.start_ids, tok.encode(text[cut:])) for text, cut in zip(texts, cuts)]
+
+
+def scores(task, items, scored):
+    """Return {name: value} by the task's RULE from the scores of its rows; a tie goes to the earlier ending."""
+    if task == 'lambada':
+        return {'acc': sum(exact for _, _, exact in scored) / len(items),
+                'perplexity': math.exp(min(700, sum(nats for nats, _, _ in scored) / len(items)))}
+    normed, summed, scored = 0, 0, iter(scored)
+    for item in items:
+        four = [next(scored) for _ in item['endings']]
+        means, sums = [nats / n_tokens for nats, n_tokens, _ in four], [nats for nats, _, _ in four]
+        normed += means.index(min(means)) == int(item['label'])
+        summed += sums.index(min(sums)) == int(item['label'])
+    return {'acc_norm': normed / len(items), 'acc': summed / len(items)}
+
+
+def detokenize(words):
+    """Return a text that was split into words and punctuation marks as it is usually written; others pass unchanged."""
+    if ' .' not in words and '``' not in words and ' ,' not in words:
+        return words
+    words = re.sub(r"`` ?| ?''", '"', words)
+    words = re.sub(r" (n't|'(?:s|m|d|ll|re|ve)\b|[.,;:!?%)\]])", r'\1', words)
+    return re.sub(r'([(\[$]) ', r'\1', words)

@@ -1,0 +1,274 @@
+"""GPT-2's weights: what transformers saved is computed alike, and what cannot be loaded is said in a line."""
+import json
+import os
+import re
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import REPO, write_dataset
+
+from lib.generate import generate
+from model import GPT, gpt2_files
+
+transformers = pytest.importorskip('transformers')
+huggingface_hub = pytest.importorskip('huggingface_hub')
+constants = huggingface_hub.constants
+safetensors_torch = pytest.importorskip('safetensors.torch')
+
+
+def make_hf(folder, std=0.2, **changes):
+    """Save a random GPT-2 of transformers with weights large enough to tell activations apart; returns it."""
+    torch.manual_seed(0)
+    values = dict(n_layer=2, n_head=2, n_embd=16, n_positions=12, vocab_size=61, initializer_range=std,
+                  bos_token_id=None, eos_token_id=None)
+    hf = transformers.GPT2LMHeadModel(transformers.GPT2Config(**{**values, **changes})).eval()
+    hf.save_pretrained(folder)
+    return hf
+
+
+@pytest.fixture(scope='module')
+def hf(tmp_path_factory):
+    """(folder, transformers' model) shared by tests that do not write to it."""
+    folder = tmp_path_factory.mktemp('hf')
+    return folder, make_hf(folder)
+
+
+@pytest.fixture
+def copy(hf, tmp_path):
+    return shutil.copytree(hf[0], tmp_path / 'copy')
+
+
+@torch.no_grad()
+def difference(model, hf):
+    idx = torch.randint(hf.config.vocab_size, (3, hf.config.n_positions), generator=torch.Generator().manual_seed(1))
+    return float((model.eval()(idx, idx)[0] - hf(idx).logits).abs().max())
+
+
+@pytest.mark.parametrize('changes', [{}, dict(n_layer=3, n_head=4, n_embd=32, n_positions=7, vocab_size=100),
+                                     dict(n_head=1, n_embd=24), dict(activation_function='gelu')])
+def test_logits_equal_those_of_transformers(tmp_path, changes):
+    hf = make_hf(tmp_path, **changes)
+    assert difference(GPT.from_pretrained(tmp_path), hf) < 1e-4
+
+
+def test_greedy_continuations_are_those_of_transformers(hf):
+    folder, theirs = hf
+    prompt = [5, 17, 3]
+    expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=9, pad_token_id=0)[0, 3:]
+    ours = generate(GPT.from_pretrained(folder).eval(), prompt, 1, 9, temperature=0)
+    assert [int(ids) for ids in ours] == expected.tolist()
+
+
+def test_a_model_in_several_files_is_read(tmp_path):
+    hf = make_hf(tmp_path)
+    hf.save_pretrained(tmp_path / 'parts', max_shard_size='5KB')
+    assert len(gpt2_files(tmp_path / 'parts')) > 1
+    assert difference(GPT.from_pretrained(tmp_path / 'parts'), hf) < 1e-4
+
+
+def test_names_without_prefix_half_precision_masks_and_a_saved_head_are_read(hf, copy):
+    """As the files on the hub are: bare names, buffers of the causal mask, and in old ones the tied head."""
+    path = copy / 'model.safetensors'
+    tensors = {name.removeprefix('transformer.'): tensor.half()
+               for name, tensor in safetensors_torch.load_file(path).items()}
+    tensors['h.0.attn.bias'], tensors['h.1.attn.masked_bias'] = torch.ones(1, 1, 12, 12), torch.tensor(-1e4)
+    tensors['lm_head.weight'] = tensors['wte.weight'].clone()
+    safetensors_torch.save_file(tensors, path)
+    model, whole = GPT.from_pretrained(copy), GPT.from_pretrained(hf[0])
+    for (name, p), q in zip(model.named_parameters(), whole.parameters()):
+        assert p.dtype == torch.float32 and torch.equal(p, q.half().float()), name
+
+
+def test_a_cropped_context_computes_the_same_on_short_texts(hf):
+    idx = torch.tensor([[1, 2, 3, 4, 5]])
+    whole, cropped = GPT.from_pretrained(hf[0]).eval(), GPT.from_pretrained(hf[0], block_size=5).eval()
+    assert cropped.config.block_size == len(cropped.transformer.wpe.weight) == 5
+    assert torch.equal(whole(idx)[0], cropped(idx)[0])
+
+
+def test_dropout_is_as_asked_whatever_the_file_says(hf):
+    assert GPT.from_pretrained(hf[0]).config.dropout == 0.0
+    model = GPT.from_pretrained(hf[0], dropout=0.3)
+    assert model.config.dropout == model.transformer.drop.p == model.transformer.h[0].attn.dropout == 0.3
+
+
+def test_the_model_outlives_its_files(copy):
+    model = GPT.from_pretrained(copy)
+    before = [p.clone() for p in model.parameters()]
+    path = copy / 'model.safetensors'
+    with open(path, 'r+b') as file:  # the same file, so that a mapping would show it
+        file.seek(-64, os.SEEK_END)
+        file.write(b'\xff' * 64)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before))
+
+
+def test_no_file_of_the_program_imports_transformers():
+    for path in [*REPO.glob('*.py'), *REPO.glob('lib/*.py')]:
+        assert not re.search(r'^\s*(import|from) transformers', path.read_text(encoding='utf-8'), re.M), path
+
+
+# what cannot be loaded
+
+def refusal(folder):
+    with pytest.raises(ValueError) as caught:
+        GPT.from_pretrained(folder)
+    return str(caught.value)
+
+
+def test_a_truncated_file_names_the_first_tensor_that_is_cut(copy):
+    path = copy / 'model.safetensors'
+    names = list(safetensors_torch.load_file(path))
+    os.truncate(path, path.stat().st_size - 10)
+    found = refusal(copy)
+    assert 'model.safetensors is cut off in transformer.' in found and any(name in found for name in names)
+
+
+def test_a_missing_tensor_is_named(copy):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    del tensors['transformer.h.1.ln_2.bias']
+    safetensors_torch.save_file(tensors, copy / 'model.safetensors')
+    assert 'transformer.h.1.ln_2.bias' in refusal(copy)
+
+
+def test_a_tensor_of_another_shape_is_named(copy):
+    config = json.loads((copy / 'config.json').read_text(encoding='utf-8'))
+    (copy / 'config.json').write_text(json.dumps({**config, 'vocab_size': 60}), encoding='utf-8')
+    found = refusal(copy)
+    assert 'transformer.wte.weight' in found and '(61, 16)' in found and '(60, 16)' in found
+
+
+def test_an_unexpected_tensor_is_named(copy):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    tensors['transformer.h.2.ln_1.bias'] = torch.zeros(16)
+    safetensors_torch.save_file(tensors, copy / 'model.safetensors')
+    assert 'unexpected tensor transformer.h.2.ln_1.bias' in refusal(copy)
+
+
+@pytest.mark.parametrize('content', [b'', b'version https://git-lfs.github.com/spec/v1\noid sha256:0\n'])
+def test_another_kind_of_file_is_refused(copy, content):
+    (copy / 'model.safetensors').write_bytes(content)
+    assert 'no whole safetensors file' in refusal(copy)
+
+
+def test_a_missing_file_is_named(copy):
+    (copy / 'model.safetensors').unlink()
+    assert 'model.safetensors not found' in refusal(copy)
+
+
+@pytest.mark.parametrize('key, value', [('scale_attn_by_inverse_layer_idx', True), ('n_inner', 48),
+                                        ('activation_function', 'relu'), ('layer_norm_epsilon', 1e-6),
+                                        ('model_type', 'gpt_neo'), ('tie_word_embeddings', False)])
+def test_an_architecture_that_would_be_computed_otherwise_is_refused(copy, key, value):
+    config = json.loads((copy / 'config.json').read_text(encoding='utf-8'))
+    (copy / 'config.json').write_text(json.dumps({**config, key: value}), encoding='utf-8')
+    assert f'{key}={value!r}' in refusal(copy)
+
+
+def test_offline_and_not_cached_is_one_line_that_says_where_to_put_a_folder(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    done = run('sample.py', '--init_from=gpt2', '--device=cpu')
+    assert done.status == 1 and len(done.err.splitlines()) == 1
+    assert 'cannot fetch gpt2' in done.err and '--init_from=FOLDER' in done.err and 'HF_HOME' in done.err
+
+
+@pytest.mark.parametrize('repository', ['openai-community--gpt2', 'gpt2'])
+def test_a_cached_model_is_taken_without_asking_the_hub(hf, tmp_path, monkeypatch, repository):
+    snapshot = tmp_path / f'models--{repository}' / 'snapshots' / 'abc'
+    snapshot.mkdir(parents=True)
+    (tmp_path / f'models--{repository}' / 'refs').mkdir()
+    (tmp_path / f'models--{repository}' / 'refs' / 'main').write_text('abc', encoding='utf-8')
+    shutil.copy(hf[0] / 'model.safetensors', snapshot)
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, 'hf_hub_download', None)
+    assert gpt2_files('gpt2') == [str(snapshot / 'model.safetensors')]
+
+
+def test_a_partial_download_is_not_used(tmp_path, monkeypatch):
+    blobs = tmp_path / 'models--openai-community--gpt2' / 'blobs'
+    blobs.mkdir(parents=True)
+    (blobs / '0123.incomplete').write_bytes(b'half')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(ValueError, match='cannot fetch gpt2'):
+        gpt2_files('gpt2')
+
+
+# in the scripts
+
+FINETUNE = ('--device=cpu --dtype=float32 --init_from=hf --dataset=bpe --batch_size=2 --gradient_accumulation_steps=1 '
+            '--max_iters=20 --eval_interval=10 --eval_iters=2 --learning_rate=1e-3 --decay_lr=False').split()
+
+
+@pytest.fixture
+def finetune_dir(workdir):
+    """A working directory with a folder hf, GPT-2's vocabulary and 16 positions, and a dataset in its tokens."""
+    make_hf(workdir / 'hf', n_layer=1, n_embd=8, n_positions=16, vocab_size=50257)
+    ids = np.cumsum(np.random.default_rng(0).integers(1, 4, 600)) % 50 + 50200
+    write_dataset(workdir / 'data' / 'bpe', ids)
+    path = workdir / 'data' / 'bpe' / 'meta.json'
+    meta = json.loads(path.read_text(encoding='utf-8'))
+    meta.update(tokenizer={'kind': 'gpt2'}, vocab_size=50257)
+    path.write_text(json.dumps(meta), encoding='utf-8')
+    return workdir
+
+
+def test_fine_tuning_from_a_folder_lowers_the_loss_and_makes_a_checkpoint_like_any_other(run, finetune_dir):
+    done = run('train.py', *FINETUNE)
+    assert done.status == 0, done.err
+    state = torch.load('out/ckpt.pt', weights_only=True)
+    assert state['model_args']['n_layer'] == 1 and state['model_args']['block_size'] == 16
+    assert state['history'][-1][2] < state['history'][0][2] and state['iter_num'] == 20
+    resumed = run('train.py', *FINETUNE, '--init_from=resume', '--max_iters=22')
+    assert resumed.status == 0 and 'resuming from iter 20' in resumed.out, resumed.err
+    scored = run('evaluate.py', '--device=cpu')
+    assert scored.status == 0 and 'val of bpe: loss' in scored.out, scored.err
+
+
+def test_what_was_fine_tuned_is_sampled(run, finetune_dir):
+    pytest.importorskip('tiktoken')
+    run('train.py', *FINETUNE, '--max_iters=2')
+    done = run('sample.py', '--device=cpu', '--num_samples=2', '--max_new_tokens=3', '--start=a')
+    if 'BPE files' in done.err:
+        pytest.skip("GPT-2's BPE files are not here")
+    assert done.status == 0 and done.out.count('-' * 15) == 2, done.err
+
+
+def test_a_context_that_was_asked_for_crops_the_model(run, finetune_dir):
+    run('train.py', *FINETUNE, '--max_iters=2', '--block_size=8', '--dropout=0.2')
+    state = torch.load('out/last.pt', weights_only=True)
+    assert state['model']['transformer.wpe.weight'].shape == (8, 8)
+    assert state['model_args']['block_size'] == 8 and state['model_args']['dropout'] == 0.2
+
+
+def test_a_dataset_with_another_tokenizer_is_refused_for_a_folder_too(run, finetune_dir):
+    done = run('train.py', *FINETUNE, '--dataset=tiny', '--block_size=8')
+    assert done.status == 2
+    assert done.last_error.endswith('tiny is tokenized by char, hf by gpt2; prepare it with --tokenizer=gpt2')
+
+
+def test_a_flag_that_contradicts_the_weights_is_refused(run, finetune_dir):
+    done = run('train.py', *FINETUNE, '--n_layer=3', '--block_size=32')
+    assert done.status == 2 and 'block_size=32 but hf has 16 positions' in done.err
+    assert 'n_layer=3 but the checkpoint hf has 1' in run('train.py', *FINETUNE, '--n_layer=3').err
+
+
+def test_a_folder_with_another_vocabulary_is_refused(run, finetune_dir):
+    (finetune_dir / 'hf' / 'vocab.json').write_text('{"a": 0, "b": 1}', encoding='utf-8')
+    done = run('train.py', *FINETUNE)
+    assert done.status == 2 and "another vocabulary than GPT-2's" in done.last_error
+
+
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(hf):
+    idx = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
+    found = []
+    for on in (False, True):
+        model = GPT.from_pretrained(hf[0], dropout=0.2).train()
+        model.checkpoint_activations = on
+        torch.manual_seed(0)
+        loss = model(idx, idx)[1]
+        loss.backward()
+        found.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*found))
