@@ -1,0 +1,80 @@
+"""wandb and TensorBoard, where the settings ask for them. Neither can end a run."""
+import html
+from pathlib import Path
+
+from lib.report import reason, warn
+
+# Seconds until wandb gives up asking for a key, connecting, and sending the rest: unset, some of them are endless.
+WANDB_PATIENCE = {'login_timeout': 30, 'init_timeout': 30, 'finish_timeout': 60}
+
+
+def open_trackers(settings, out_dir, wandb_id='', step=0):
+    """Return (track, finish, wandb's run id) for the services that the settings ask for.
+
+    track(record, step) sends numbers, texts and pictures (a Path); finish() waits until they have arrived. wandb_id
+    continues that run, and `step` is where. A service that fails is dropped with one warning.
+    """
+    openers = {'wandb': lambda: open_wandb(settings, out_dir, wandb_id),
+               'tensorboard': lambda: open_tensorboard(out_dir, step)}
+    live = {}
+
+    def attempt(name, call, *arguments):
+        try:
+            return call(*arguments)
+        except (Exception, SystemExit) as error:
+            live.pop(name, None)
+            warn(f'{name} is off and training goes on without it; log.jsonl has the numbers ({reason(error)})')
+
+    for name, opener in openers.items():
+        if settings[f'{name}_log'] and (opened := attempt(name, opener)):
+            live[name] = opened
+            wandb_id = opened[2] or wandb_id
+
+    def track(record, step):
+        known = {key: value for key, value in record.items() if value is not None}
+        for name in list(live):
+            attempt(name, live[name][0], known, step)
+
+    def finish():
+        for name in list(live):
+            attempt(name, live[name][1])
+
+    return track, finish, wandb_id
+
+
+def open_wandb(settings, out_dir, run_id):
+    """Return (log, close, run id)."""
+    import wandb
+    patience = {name: s for name, s in WANDB_PATIENCE.items() if name in getattr(wandb.Settings, 'model_fields', ())}
+    run = wandb.init(project=settings['wandb_project'], name=settings['wandb_run_name'], config=dict(settings),
+                     dir=str(out_dir), id=run_id or None, resume='allow' if run_id else None, allow_val_change=True,
+                     settings=wandb.Settings(**patience))
+
+    def shown(value):
+        if isinstance(value, str):
+            return wandb.Html(f'<pre>{html.escape(value)}</pre>')
+        return wandb.Image(str(value)) if isinstance(value, Path) else value
+
+    def log(record, step):
+        run.log({name: shown(value) for name, value in record.items()}, step=step)
+
+    return log, run.finish, run.id
+
+
+def open_tensorboard(out_dir, step):
+    """Return (log, close, ''); what was logged from `step` on before is hidden, since it will be logged again."""
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step)
+
+    def log(record, step):
+        for name, value in record.items():
+            if isinstance(value, str):
+                writer.add_text(name, f'<pre>{html.escape(value)}</pre>', step)
+            elif isinstance(value, Path):
+                from matplotlib.image import imread
+                writer.add_image(name, imread(value), step, dataformats='HWC')
+            else:
+                writer.add_scalar(name, value, step)
+        writer.flush()
+
+    return log, writer.close, ''

@@ -1,0 +1,244 @@
+"""Draw what runs logged: one picture, and a line each for those who see no pictures over ssh.
+
+    python plot.py out-shakespeare-char                        out-shakespeare-char/loss.png
+    python plot.py out-a out-b --axis=minutes                  two runs compared: compare.png
+    python plot.py out-* --axis=tokens --output=docs/runs.png
+
+Loss is in nats a token; between runs whose tokenizers differ, in bits per byte of text, which compare. A dot marks the
+best validation loss, the shaded part is overfitting: validation loss higher than there, training loss lower.
+"""
+import contextlib
+import shutil
+import warnings
+from collections import namedtuple
+from itertools import accumulate
+from pathlib import Path
+
+from configurator import UserError, configure
+from lib.report import read_log
+
+out_dirs = 'out'  # the run folders
+axis = 'iterations'  # iterations | tokens | minutes
+output = ''  # the PNG file; '' is loss.png in the run's folder, or compare.png here for several runs
+
+AXES = {'iterations': ('iter', 'step'), 'tokens': ('tokens', 'tokens'), 'minutes': ('minutes', 'minutes')}
+BARS = '▁▂▃▄▅▆▇█'
+COLORS = ('#1f6fb4', '#d95f02', '#1b9e77', '#c2338b', '#7a5cc4', '#8c6d1f', '#4d4d4d')
+
+Run = namedtuple('Run', 'name updates evals')  # the folder's name, and log.jsonl's two kinds of records
+
+
+def read_run(folder):
+    """Return the Run of a folder; UserError where it has no log.jsonl. An empty log is a Run without records."""
+    log = Path(folder) / 'log.jsonl'
+    if not log.is_file():
+        raise UserError(f'{log}: there is no such file; train.py --out_dir={folder} writes it')
+    records = read_log(log)
+    return Run(Path(folder).resolve().name, [r for r in records if 'iter' in r], [r for r in records if 'step' in r])
+
+
+def series(records, x, y):
+    """Return the lists of x and y of those records that have both as numbers."""
+    points = [(r[x], r[y]) for r in records if all(isinstance(r.get(name), (int, float)) for name in (x, y))]
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def best(run):
+    """Return the evaluation with the lowest validation loss, or None."""
+    return min((r for r in run.evals if r.get('val_loss') is not None), key=lambda r: r['val_loss'], default=None)
+
+
+def overfitted(run):
+    """True where validation loss ends above its best by more than noise, with training loss below what it was there."""
+    top, last = best(run), run.evals[-1] if run.evals else None
+    if top is None or None in (last.get('val_loss'), last.get('train_loss'), top.get('train_loss')):
+        return False
+    return last['val_loss'] > 1.01 * top['val_loss'] and last['train_loss'] < top['train_loss']
+
+
+def bits_a_nat(run, split='val'):
+    """Return what turns the split's loss (nats a token) into bits per byte, which the tokenizer decides; or None."""
+    ratios = [r[f'{split}_bpb'] / r[f'{split}_loss'] for r in run.evals if r.get(f'{split}_bpb') and
+              r.get(f'{split}_loss')]
+    return ratios[0] if ratios else None
+
+
+def in_bits(runs):
+    """True where losses only compare in bits per byte: tokens of unlike length, and the length of all is known."""
+    ratios = [bits_a_nat(run) for run in runs]
+    return None not in ratios and max(ratios, default=1) > 1.02 * min(ratios, default=1)
+
+
+def smooth(values, share=0.02):
+    """Return the mean of the `values` around each, up to `share` of their number on either side, so that none lags."""
+    total, reach = [0.0, *accumulate(values)], round(share * len(values))
+    halves = [min(i, len(values) - 1 - i, reach) for i in range(len(values))]
+    return [(total[i + half + 1] - total[i - half]) / (2 * half + 1) for i, half in enumerate(halves)]
+
+
+def sparkline(values, width):
+    """Return `values` as a row of at most `width` bars, the lowest the smallest; each bar is the mean of its share."""
+    if not values:
+        return ''
+    n = min(width, len(values))
+    cuts = [len(values) * i // n for i in range(n + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:])]
+    low, span = min(means), (max(means) - min(means)) or 1
+    return ''.join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in means)
+
+
+def summary(run, width=80):
+    """Return a run in two lines: its name and best point, and its validation loss as a sparkline."""
+    top = best(run)
+    if top is None:
+        return f'{run.name}: no evaluation in the log yet'
+    _, losses = series(run.evals, 'step', 'val_loss')
+    note = f'; overfitting since, now {losses[-1]:.4f}' if overfitted(run) else ''
+    return (f'{run.name}: best val loss {top["val_loss"]:.4f} at iter {top["step"]:,}{note}\n'
+            f'  {losses[0]:.4f} {sparkline(losses, max(8, width - 20))} {losses[-1]:.4f}')
+
+
+def font_for(text):
+    """Return the name of an installed font that has the letters of `text` which matplotlib's own lacks; '' if all are
+    there, None if no font has them.
+    """
+    from matplotlib import font_manager
+    from matplotlib.ft2font import FT2Font
+
+    def lacks(path):
+        with contextlib.suppress(RuntimeError, OSError):  # a file that is no font, or none for this library
+            font = FT2Font(path)
+            return {c for c in text if not font.get_char_index(ord(c))}
+        return set(text)
+
+    text = lacks(font_manager.findfont('DejaVu Sans'))
+    if not text:
+        return ''
+    # not the manager's list, which may be older than a font installed a minute ago
+    path = next((path for path in sorted(font_manager.findSystemFonts()) if not lacks(path)), None)
+    if path is None:
+        return None
+    font_manager.fontManager.addfont(path)
+    return font_manager.FontProperties(fname=path).get_name()
+
+
+def draw(runs, path, axis='iterations'):
+    """Draw the runs into one PNG at `path`; returns a line on letters that no font has, or ''.
+
+    Raises ImportError where matplotlib is missing.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+    names = ', '.join(run.name for run in runs)
+    font = font_for(names)
+    note = '' if font is not None else (f'no installed font has all letters of {names}; install one and draw again '
+                                        '(for Chinese, Japanese and Korean: apt-get install fonts-noto-cjk)')
+    look = {'font.family': ['DejaVu Sans', *([font] if font else [])], 'font.size': 10, 'axes.grid': True,
+            'grid.color': '#e4e4e4', 'axes.spines.top': False, 'axes.spines.right': False, 'axes.axisbelow': True,
+            'legend.frameon': False, 'axes.titlesize': 10, 'axes.titlelocation': 'left'}
+    with matplotlib.rc_context(look), warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # of letters without a font, which the note is about
+        figure = Figure(figsize=(10, 7), layout='constrained')
+        grid = figure.add_gridspec(2, 3, height_ratios=(2.2, 1))
+        loss = figure.add_subplot(grid[0, :])
+        draw_loss(loss, runs, axis)
+        for column, (name, title) in enumerate((('lr', 'learning rate'), ('grad_norm', 'gradient norm'),
+                                                ('tok_s', 'tokens/s'))):
+            draw_small(figure.add_subplot(grid[1, column]), runs, axis, name, title)
+        figure.savefig(path, dpi=100)
+    return note
+
+
+def label_axis(ax, axis):
+    """Name the horizontal axis, with thousands and millions written short."""
+    ax.set_xlabel(axis)
+    if axis != 'minutes':
+        ax.xaxis.set_major_formatter(short_ticks)
+
+
+def short_ticks(value, _position=None):
+    """Return an axis number as people write it: 500, 20k, 1.5M, 2B."""
+    for size, unit in ((1e9, 'B'), (1e6, 'M'), (1e3, 'k')):
+        if abs(value) >= size:
+            return f'{value / size:.3g}{unit}'
+    return f'{value:.3g}'
+
+
+def draw_loss(ax, runs, axis):
+    """Draw training and validation loss, the best points and what is overfitting."""
+    x_update, x_eval = AXES[axis]
+    bits, lone, low, high = in_bits(runs), len(runs) == 1, [], []
+    for i, run in enumerate(runs):
+        color = COLORS[i % len(COLORS)]
+        val_color, train_color = (COLORS[1], COLORS[0]) if lone else (color, color)
+        scale, train_scale = (bits_a_nat(run), bits_a_nat(run, 'train') or bits_a_nat(run)) if bits else (1.0, 1.0)
+        if lone:
+            xs, ys = series(run.updates, x_update, 'loss')
+            ax.plot(xs, ys, color=train_color, alpha=0.25, linewidth=0.8, label='train, each update')
+        xs, train = series(run.evals, x_eval, 'train_loss')
+        ax.plot(xs, [y * train_scale for y in train], color=train_color, linewidth=1.3, alpha=1 if lone else 0.5,
+                linestyle='-' if lone else '--', label='train' if lone else None)
+        xs, val = series(run.evals, x_eval, 'val_loss')
+        val = [y * scale for y in val]
+        ax.plot(xs, val, color=val_color, linewidth=1.8, marker='.', markersize=5, label='val' if lone else run.name)
+        low += val + [y * train_scale for y in train]
+        high += val[1:] or val
+        top = best(run)
+        if top is None or x_eval not in top:
+            continue
+        x, y = top[x_eval], top['val_loss'] * scale
+        where = f'{x:,}' if axis == 'iterations' else short_ticks(x)
+        ax.plot([x], [y], 'o', color=val_color, markersize=9, markeredgecolor='white', zorder=5,
+                label=f'{"" if lone else "    "}best {y:.4f} at {where}')
+        if overfitted(run):
+            ax.axvspan(x, xs[-1], color=val_color, alpha=0.08, linewidth=0, label='overfitting' if lone else None)
+    unit = 'bits per byte' if bits else 'nats a token'
+    ax.set_title(f'{runs[0].name}: loss, {unit}' if lone else f'validation loss (dashed: training), {unit}')
+    label_axis(ax, axis)
+    if high and max(high) > min(low):
+        room = max(high) - min(low)  # the plunge before the second evaluation may leave through the top
+        ax.set_ylim(min(low) - 0.05 * room, max(high) + 0.15 * room)
+    if ax.lines:
+        ax.legend(loc='best')
+    if not any(run.updates or run.evals for run in runs):
+        ax.text(0.5, 0.5, 'nothing logged yet', transform=ax.transAxes, ha='center', va='center', color='#888888')
+
+
+def draw_small(ax, runs, axis, name, title):
+    """Draw one of the update's other numbers."""
+    for i, run in enumerate(runs):
+        xs, ys = series(run.updates, AXES[axis][0], name)
+        color = COLORS[i % len(COLORS)]
+        if name != 'lr':
+            ax.plot(xs, ys, color=color, alpha=0.2, linewidth=0.7)
+        ax.plot(xs, ys if name == 'lr' else smooth(ys), color=color, linewidth=1.3)
+    ax.set_title(title)
+    ax.set_ylim(bottom=0)
+    label_axis(ax, axis)
+    ax.yaxis.set_major_formatter(short_ticks)
+
+
+def check(s):
+    """Return what is wrong with the Settings `s`."""
+    return [] if s['axis'] in AXES else [f'axis must be one of {", ".join(AXES)}; got {s["axis"]!r}']
+
+
+def main():
+    configure(globals(), check=check, words='out_dirs')
+    runs = [read_run(folder) for folder in out_dirs.split('\n')]
+    for run in runs:
+        print(summary(run, shutil.get_terminal_size().columns))
+    path = Path(output or (f'{out_dirs}/loss.png' if len(runs) == 1 else 'compare.png'))
+    try:
+        note = draw(runs, path, axis)
+    except ImportError:
+        raise UserError('the picture needs the package matplotlib: pip install matplotlib') from None
+    except OSError as error:
+        raise UserError(f'could not write {path} ({error.strerror}); choose another --output=FILE.png') from None
+    if note:
+        print(note)
+    print(f'wrote {path}')
+
+
+if __name__ == '__main__':
+    main()
