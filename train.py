@@ -9,14 +9,18 @@ Any setting below is overridden by Python config files and by --key=value, which
 go on. The model is in model.py; with this file open beside it you see all of one training step.
 """
 import math
+import sys
+import textwrap
 import time
 
 import torch
 
 from configurator import UserError, configure
-from lib import checkpoint, lora, models, preflight, report, runtime
+from lib import checkpoint, lora, models, preflight, report, runtime, tokenizer
 from lib.dataset import eval_starts, eval_windows, train_starts
+from lib.generate import complete
 from lib.optim import make_optimizer, restore
+from lib.trackers import open_trackers
 from model import GPT, GPTConfig
 
 # output
@@ -34,7 +38,7 @@ sample_interval = 0  # evaluations between short samples in the log; 0 off
 wandb_log = False  # send the log to wandb
 wandb_project = 'owt'  # wandb project
 wandb_run_name = 'gpt2'  # wandb run name
-tensorboard_log = False  # write TensorBoard event files into out_dir
+tensorboard_log = False  # write TensorBoard event files into out_dir/tensorboard
 
 # data
 dataset = 'openwebtext'  # folder under data/
@@ -151,12 +155,24 @@ def whole_losses(fast, model, rt, data):
     return losses, bits_per_byte(losses[1], data.val, len(data.val) - 1)
 
 
+def short_sample(model, tok):
+    """Return 200 tokens from the beginning of a text; their generator is their own, so training does not notice."""
+    model.eval()
+    try:
+        pieces = complete(model, tok, tok.start_ids, 1, 200, seed=seed, temperature=0.8, top_k=200)
+        return ''.join(text for _, text, _ in pieces)
+    except UserError as error:
+        report.warn(f'no sample: {error.message}')
+    finally:
+        model.train()
+
+
 def main():
     opened = {}  # what preflight reads on its way: the dataset, and the checkpoint to resume
     settings = configure(globals(), early={'device': runtime.pick_device}, check=lambda s: preflight.check(s, opened))
     data, resumed = opened['data'], opened['resume']
     rt = runtime.start(settings)
-    say = report.say if rt.master else lambda line, bar=None: None
+    say = report.say if rt.master else lambda line: None
     writes = rt.master and not eval_only
     lock = checkpoint.claim(out_dir) if writes else None
     if writes and not resumed and (old := checkpoint.put_aside(out_dir)):
@@ -183,9 +199,11 @@ def main():
     micro_tokens = batch_size * block_size
     micro_steps = total_batch_tokens // micro_tokens or gradient_accumulation_steps  # of all ranks together
     tokens_per_iter = micro_steps * micro_tokens
-    say(f'{rt.why}; {rt.world_size} processes' if rt.world_size > 1 else rt.why)
+    say(f'device: {rt.why}' + f'; {rt.world_size} processes' * (rt.world_size > 1))
+    say(f'recipe: {report.recipe(settings, sys.argv[1:])}')
     say(f'number of parameters: {model.num_params() / 1e6:.2f}M')
-    say(f'tokens per iteration: {tokens_per_iter:,} ({len(data.train) / tokens_per_iter:,.0f} iterations an epoch)')
+    by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # the schedule's axis: the clock, or updates
+    say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock else max_iters))
 
     # where training stands; a checkpoint holds all of it
     iter_num, tokens_seen, minutes_before, best_val_loss, history, wandb_id = 0, 0, 0.0, math.inf, [], ''
@@ -222,13 +240,17 @@ def main():
     log = f'{out_dir}/log.jsonl'
     if rt.master:
         report.trim_log(log, iter_num, history[-1][0] if history else -1)
-    track, wandb_id = report.open_trackers(settings, out_dir, wandb_id) if rt.master else (lambda *_: None, '')
+    track, finish, wandb_id = (open_trackers(settings, out_dir, wandb_id, iter_num) if rt.master else
+                               (lambda record, step: None, lambda: None, ''))
+    tok = tokenizer.from_spec(data.tokenizer) if sample_interval else None
     peak_flops = runtime.peak_flops(rt, peak_tflops)
 
-    # the schedule's axis: the clock, or updates
-    by_clock = max_minutes > 0 and not settings.by_flag('max_iters')
     time_limit = max_minutes if by_clock or settings.by_flag('max_minutes') else 0.0
     start = runtime.process_start()
+    # a CPU run of hours is told so: at once where not even the peak speed would do, else by its third update
+    at_peak = model.flops_per_token() * tokens_per_iter * (max_iters - iter_num) / peak_flops / 60  # minutes
+    told = rt.device.type != 'cpu' or time_limit > 0 or not rt.master or report.warn_if_long(at_peak)
+    third = iter_num + 2
 
     def clock():
         return minutes_before + (time.time() - start) / 60
@@ -276,11 +298,15 @@ def main():
                 history.append([iter_num, *losses])
                 bpb = bits_per_byte(losses[1], data.val, len(data.val))
                 record = {'step': iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
-                          'minutes': clock()}
+                          'train_bpb': bits_per_byte(losses[0], data.train, len(data.train)),
+                          'tokens': tokens_seen, 'minutes': clock()}
                 if last:  # the whole split is what other programs' numbers are compared with
                     losses, bpb = whole_losses(fast, model, rt, data)
                     record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
-                say(report.step_line(iter_num, *losses, bpb), bar)
+                say(report.step_line(iter_num, *losses, bpb))
+                if tok and (len(history) % sample_interval == 0 or last) and (sample := short_sample(model, tok)):
+                    record['sample'] = sample
+                    say(textwrap.indent(sample, '    | ', lambda line: True))
                 if rt.master:
                     report.append_log(log, record)
                     track({f'eval/{k}': v for k, v in record.items()}, iter_num)
@@ -293,7 +319,7 @@ def main():
             if level:
                 save(also_ckpt=always_save_checkpoint or len(history) < 2, must=level > 1)
                 name = signals.name(level)
-                say(f'{name}: saved iter {iter_num} to {out_dir}', bar)
+                say(f'{name}: saved iter {iter_num} to {out_dir}')
                 if level > 1:
                     say('to go on, give the same command with --init_from=resume')
                     status = 128 + signals.number(level)
@@ -337,15 +363,20 @@ def main():
                 left = max_minutes - minutes if by_clock else seconds * (max_iters - iter_num - 1) / 60
                 loss = rt.total(float(loss_sum))[0] / rt.world_size
                 record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
-                          'tok_s': tokens_per_iter / dt, 'minutes': clock(),
+                          'tok_s': tokens_per_iter / dt, 'tokens': tokens_seen + tokens_per_iter, 'minutes': clock(),
                           'mfu': model.mfu(tokens_per_iter / dt / rt.world_size, peak_flops)}
-                say(report.iter_line(record, dt, left), bar)
+                say(report.iter_line(record, dt, left))
                 if rt.master:
                     report.append_log(log, record)
                     track({f'train/{k}': v for k, v in record.items()}, iter_num)
                     report.advance(bar, done, loss, best_val_loss, record['tok_s'], left)
+                told = told or iter_num >= third and report.warn_if_long(left)
             iter_num, tokens_seen = iter_num + 1, tokens_seen + tokens_per_iter
     bar.close()
+    if rt.master and not status and (picture := report.draw_loss(out_dir)):
+        say(f'loss curves are in {picture}')
+        track({'curves': picture}, iter_num)
+    finish()
     runtime.finish()
     del lock  # held until here
     if status:
