@@ -19,7 +19,7 @@ from configurator import UserError, configure
 from lib import checkpoint, lora, models, preflight, report, runtime, tokenizer
 from lib.dataset import eval_starts, eval_windows, train_starts
 from lib.generate import complete
-from lib.optim import make_optimizer, restore
+from lib.optim import make_optimizer, restore, z_score
 from lib.trackers import open_trackers
 from model import GPT, GPTConfig
 
@@ -73,6 +73,7 @@ weight_decay = 1e-1  # on 2-D parameters
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
 grad_clip = 1.0  # largest gradient norm; 0 off
+spike_skip = 0.0  # skip an update whose gradient norm is so many standard deviations above the last 128; 0 off
 
 # schedule
 decay_lr = True  # False keeps learning_rate
@@ -80,7 +81,7 @@ lr_schedule = 'cosine'  # cosine | wsd (constant, then a linear cool-down)
 warmup_iters = 2000  # updates of linear warm-up
 lr_decay_iters = 600000  # cosine's length in updates; follows max_iters unless given
 min_lr = 6e-5  # where the schedule ends; a tenth of learning_rate unless given
-cooldown_frac = 0.5  # wsd: share of the run that cools down
+cooldown_frac = 0.5  # wsd: share of the run behind the warm-up that cools down
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best there is unless given
@@ -95,13 +96,13 @@ seed = 1337  # of weights, data order and dropout
 def lr_factor(iter_num, done, floor):
     """Return the learning rate at update `iter_num` as a share of its peak; one factor serves AdamW and Muon.
 
-    done: share of the schedule that is past. floor: the share it ends at.
+    done: share of the decay that is past, 0 to 1. floor: the share it ends at.
     """
     if not decay_lr:
         return 1.0
     warmup = (iter_num + 1) / (warmup_iters + 1)
     if lr_schedule == 'wsd':
-        return min(warmup, floor + (1 - floor) * min(1.0, (1 - done) / cooldown_frac), 1.0)
+        return min(warmup, floor + (1 - floor) * min(1.0, (1 - done) / cooldown_frac))
     if iter_num < warmup_iters:
         return warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
@@ -177,6 +178,8 @@ def main():
     lock = checkpoint.claim(out_dir) if writes else None
     if writes and not resumed and (old := checkpoint.put_aside(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
+    if init_from == 'auto' and not resumed:
+        say(f'no checkpoint in {out_dir}/: starting from scratch')
 
     # the model: from a checkpoint, from scratch, or from GPT-2's weights
     if resumed:
@@ -207,12 +210,13 @@ def main():
 
     # where training stands; a checkpoint holds all of it
     iter_num, tokens_seen, minutes_before, best_val_loss, history, wandb_id = 0, 0, 0.0, math.inf, [], ''
+    norms = torch.full((128,), math.nan, device=rt.device)  # of the last gradients, for spike_skip
     if resumed:
-        iter_num, best_val_loss = state['iter_num'], float(state['best_val_loss'])
+        iter_num, best_val_loss = state.get('iter_num', 0), float(state.get('best_val_loss', math.inf))
         tokens_seen = state.get('tokens_seen', iter_num * tokens_per_iter)
         minutes_before, history = state.get('minutes', 0.0), state.get('history', [])
-        wandb_id = state.get('wandb_id', '')
-        for line in preflight.changes(state, settings):
+        wandb_id, norms = state.get('wandb_id', ''), state.get('norms', norms).to(rt.device)
+        for line in preflight.changes(state, settings, data):
             say(line)
         if not eval_only:
             say(f'resuming from iter {iter_num} ({path})')
@@ -237,6 +241,7 @@ def main():
     if resumed and not rt.set_rng_state(state.get('rng')):
         report.warn(f'{path} has no random state for this many processes on this device: resuming is not exact')
     resumed = state = None  # frees the checkpoint's tensors
+    saved_iter, n_spikes = iter_num, 0
     log = f'{out_dir}/log.jsonl'
     if rt.master:
         report.trim_log(log, iter_num, history[-1][0] if history else -1)
@@ -261,12 +266,15 @@ def main():
                 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(settings),
                 'format': checkpoint.FORMAT, 'tokenizer': data.tokenizer, 'data': data.fingerprint(),
                 'rng': rt.rng_states(), 'scaler': scaler.state_dict(), 'tokens_seen': tokens_seen,
-                'minutes': clock(), 'history': history, 'wandb_id': wandb_id}
+                'minutes': clock(), 'history': history, 'wandb_id': wandb_id, 'norms': norms}
 
     def save(also_ckpt, must):
         """Write last.pt, and ckpt.pt as the same file; a failure is an error where `must`, else a warning."""
+        nonlocal saved_iter
         state, failure = snapshot(), ''
-        if rt.master:
+        if rt.maximum(models.has_nan(model))[0]:
+            failure = f'the weights of iter {iter_num} are not finite; they were not saved'
+        elif rt.master:
             try:
                 say(f'saving checkpoint to {out_dir}')
                 if lora_rank and also_ckpt:
@@ -275,8 +283,11 @@ def main():
                                 also=f'{out_dir}/ckpt.pt' if also_ckpt and not lora_rank else None)
             except UserError as error:
                 failure = error.message
-                report.warn(failure)
-        if rt.maximum(bool(failure))[0] and must:
+        if failure and not must:
+            report.warn(failure)
+        if not rt.maximum(bool(failure))[0]:
+            saved_iter = iter_num
+        elif must:
             raise UserError(failure or 'rank 0 could not save')
 
     bar = report.progress_bar(100, show=rt.master)
@@ -294,6 +305,9 @@ def main():
                                                       eval_starts(len(split), block_size, eval_iters, batch_size)
                                                       [rt.rank::rt.world_size]))
                           for split in (data.train, data.val)]
+                if not math.isfinite(sum(losses)):
+                    raise UserError(report.not_finite(f'the losses are {losses[0]} and {losses[1]}', iter_num, rt,
+                                                      saved_iter, out_dir))
                 better, best_val_loss = losses[1] < best_val_loss, min(losses[1], best_val_loss)
                 history.append([iter_num, *losses])
                 bpb = bits_per_byte(losses[1], data.val, len(data.val))
@@ -324,10 +338,12 @@ def main():
                     say('to go on, give the same command with --init_from=resume')
                     status = 128 + signals.number(level)
                     break
-                signals.level = 0
+                if signals.level == level:  # no other came meanwhile
+                    signals.level = 0
 
             # one update: forward, backward, clip, step
-            factor = lr_factor(iter_num, done, min_lr / learning_rate if learning_rate else 0.0)
+            decayed = done if by_clock else (iter_num - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
+            factor = lr_factor(iter_num, min(1.0, max(0.0, decayed)), min_lr / learning_rate if learning_rate else 0.0)
             for group in opt.param_groups:
                 group['lr'] = group['peak'] * factor
             logged = iter_num % log_interval == 0
@@ -345,17 +361,24 @@ def main():
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)
             grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            z, norms = z_score(grad_norm, norms) if spike_skip else (torch.zeros_like(grad_norm), norms)
             if not scaler.is_enabled():  # else the scaler does the same
-                opt.found_inf = (~torch.isfinite(loss_sum + grad_norm)).float()  # the update reads it on the device
+                unfit = ~torch.isfinite(loss_sum + grad_norm) | (z > spike_skip)
+                opt.found_inf = unfit.float()  # the update reads it on the device
             scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
 
             # nothing that is not finite has reached the weights; the host learns of it without waiting for the device
-            seen_loss, seen_norm = read_late(torch.stack([loss_sum, grad_norm]))
+            seen_loss, seen_norm, seen_z = read_late(torch.stack([loss_sum, grad_norm, z]))
             skipped = 0 if math.isfinite(seen_loss + seen_norm) else skipped + 1
             if skipped > (20 if scaler.is_enabled() else 0):
-                raise UserError(report.not_finite(rt, iter_num, seen_loss, seen_norm, best_step(history), out_dir))
+                what = f'the loss is {seen_loss}, the norm of its gradient {seen_norm}'
+                raise UserError(report.not_finite(what, iter_num - read_late.calls, rt, saved_iter, out_dir))
+            if 0 < spike_skip < seen_z:
+                n_spikes += 1
+                if rt.master:
+                    report.spike(log, iter_num - read_late.calls, seen_norm, seen_z, n_spikes)
             if logged:
                 rt.synchronize()
                 dt = time.perf_counter() - began

@@ -161,6 +161,15 @@ def newest(out_dir):
     return None
 
 
+def folder_problem(out_dir):
+    """Return why `out_dir` cannot be made or written, as far as looking tells, or ''."""
+    path = Path(out_dir).absolute()
+    while not path.exists():
+        path = path.parent
+    writable = path.is_dir() and os.access(path, os.W_OK)
+    return '' if writable else f'out_dir {str(out_dir)!r} is not a writable folder; choose another'
+
+
 def claim(out_dir):
     """Make `out_dir` and hold it for this process; returns the lock to keep while running.
 

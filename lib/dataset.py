@@ -69,10 +69,15 @@ def _meta(path):
         meta = json.loads((path / 'meta.json').read_text(encoding='utf-8'))
         for split in ('train', 'val'):
             {k: meta['splits'][split][k] for k in ('n_tokens', 'n_bytes', 'max_id', 'sha256')}
-        return meta if meta['dtype'] in ('uint16', 'uint32') and int(meta['vocab_size']) else None
+        if meta['dtype'] not in ('uint16', 'uint32'):
+            raise ValueError(f'dtype is {meta["dtype"]!r}')
+        size = tokenizer.from_spec(meta['tokenizer']).vocab_size
+        if meta['vocab_size'] != size:
+            raise ValueError(f'vocab_size is {meta["vocab_size"]!r}, its tokenizer has {size}')
+        return meta
     except FileNotFoundError:
         return None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f'{path / "meta.json"} is damaged ({type(error).__name__}: {error}); '
                         'run prepare.py again') from error
 

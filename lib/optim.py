@@ -65,6 +65,14 @@ def orthogonalize(g, steps=5):
     return x.mT if tall else x
 
 
+def z_score(norm, norms):
+    """Return (how many standard deviations `norm` is above the mean of `norms` (n,), norms with it as the newest).
+
+    Everything stays on the device. norms begins as NaN, so the score is NaN until n norms have been seen.
+    """
+    return (norm - norms.mean()) / norms.std(), torch.cat([norms[1:], norm[None]])
+
+
 def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type):
     """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each group keeps its peak rate as `peak`.
 

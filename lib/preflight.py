@@ -16,7 +16,8 @@ SETTING_CHOICES = {
 AT_LEAST = {
     1: ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'),
     0: ('max_iters', 'warmup_iters', 'lr_decay_iters', 'patience', 'max_minutes', 'total_batch_tokens', 'peak_tflops',
-        'lora_rank', 'sample_interval', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'seed'),
+        'lora_rank', 'sample_interval', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'spike_skip',
+        'seed'),
 }
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'tie_weights',
                 'softcap')
@@ -27,6 +28,8 @@ CONFLICTS = (
      'dtype=float16 needs the gradient scaling that only CUDA has here; use bfloat16 or float32'),
     (lambda s: s['eval_only'] and s['init_from'] in ('scratch', 'auto'),
      'eval_only needs a model: --init_from=resume or gpt2*'),
+    (lambda s: s['spike_skip'] and s['dtype'] == 'float16',
+     'spike_skip cannot be used with float16, whose gradient scaler decides by itself; use bfloat16 or float32'),
     (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
      'lora_rank adapts a trained model: --init_from=gpt2* or a folder; to continue a run --init_from=resume'),
     (lambda s: s['lora_rank'] > 0 and s['parallel'] == 'fsdp', 'lora_rank works with parallel=ddp only'),
@@ -73,9 +76,12 @@ def _batch_problems(s):
 
 def adopt(s, state, path):
     """Take the architecture of the checkpoint `state` over into the Settings `s`; returns what contradicts it."""
-    have = {**GPTConfig().model_args(), **{k: v for k, v in vars(GPTConfig()).items() if k in ARCHITECTURE},
-            **state['model_args']}
-    found = []
+    default = vars(GPTConfig())
+    have = {**default, **state['model_args']}
+    found = [f'{path} is not a checkpoint of this program: its model_args have {name}={value!r}'
+             for name, value in have.items() if name in default and type(value) not in (type(default[name]), int)]
+    if found:
+        return found
     for name in ARCHITECTURE:
         if s.by_flag(name) and s[name] != have[name]:
             found.append(f'{name}={s[name]} but the checkpoint {path} has {have[name]}; drop the flag')
@@ -139,11 +145,13 @@ def check(s, opened):
     if not s.given('min_lr'):
         s['min_lr'] = s['learning_rate'] / 10
     found += values(s)
+    if not s['eval_only'] and (problem := checkpoint.folder_problem(s['out_dir'])):
+        found.append(problem)
     try:
         opened['data'] = dataset.open_dataset(s['dataset'], max(1, s['block_size']))
     except UserError as error:
         return found + [error.message]
-    if opened['resume']:
+    if opened['resume'] and not found:
         found += _foreign_data(*opened['resume'], opened['data'])
     if _is_pretrained(s) and not found:
         found += foreign_weights(s['init_from'], opened['data'])
@@ -178,11 +186,14 @@ def _foreign_data(path, state, data):
     return []
 
 
-def changes(state, s):
-    """Return a line for what a resumed run does otherwise than the checkpoint's: its architecture, changed settings."""
+def changes(state, s, data):
+    """Return a line for each thing a resumed run does otherwise: its architecture, its data, changed settings."""
     lines = [f'{name}: {s[name]}, as in the checkpoint' for name in ARCHITECTURE
              if s.origins[name].endswith('.pt')]
     apart = {*ARCHITECTURE, 'init_from', 'out_dir', 'device', 'eval_only'}
     lines += [f'{name}: checkpoint {old}, now {s[name]}' for name, old in state.get('config', {}).items()
               if name in s and name not in apart and s[name] != old]
+    if 'data' in state and state['data'] != data.fingerprint():
+        lines.append(f'dataset {data.name} is not the data of the checkpoint: {state["data"]["name"]} of '
+                     f'{state["data"]["train"][0]:,} tokens, now {len(data.train):,}')
     return lines

@@ -86,13 +86,18 @@ def short(number):
     return f'{number:.0f}'
 
 
-def not_finite(rt, iter_num, loss, norm, good_iter, out_dir):
-    """Return what to tell when a loss or gradient is not finite, naming the ranks whose loss it was."""
-    ranks = [r for r in range(rt.world_size) if rt.total(float(r == rt.rank and not math.isfinite(loss)))[0]]
-    where = f' on rank {", ".join(map(str, ranks))}' if rt.world_size > 1 and ranks else ''
-    what = f'loss is {loss}' if not math.isfinite(loss) else f'gradient norm is {norm}'
-    return (f'{what} at iter {iter_num}{where}; the update was not applied, last good checkpoint in {out_dir}: '
-            f'iter {good_iter}. Try a lower learning_rate, or dtype=bfloat16 or float32 where it was float16')
+def not_finite(what, iter_num, rt, saved_iter, out_dir):
+    """Return what to tell when a loss or gradient is not finite; each rank tells of its own."""
+    where = f' on rank {rt.rank}' if rt.world_size > 1 else ''
+    return (f'{what} at iter {iter_num}{where}; no such update or checkpoint was kept, the newest good one in '
+            f'{out_dir} is of iter {saved_iter}. Lower learning_rate, or use dtype=bfloat16 or float32 if it was '
+            'float16, and go on with --init_from=resume')
+
+
+def spike(log, iter_num, norm, z, count):
+    """Tell of an update that spike_skip left out, and note it in the log."""
+    warn(f'iter {iter_num}: grad norm {norm:.3g} (z={z:.1f}), update skipped ({count} so far)')
+    append_log(log, {'skipped': iter_num, 'grad_norm': norm, 'z': z})
 
 
 def append_log(path, record):
@@ -121,7 +126,8 @@ def read_log(path):
 
 def trim_log(path, iter_num, evaluated):
     """Drop from log.jsonl what a resumed run will do again: updates from iter_num on, evaluations after `evaluated`."""
-    kept = [r for r in read_log(path) if r.get('iter', -1) < iter_num and r.get('step', -1) <= evaluated]
+    kept = [r for r in read_log(path) if r.get('iter', -1) < iter_num and r.get('step', -1) <= evaluated
+            and r.get('skipped', -1) < iter_num]
     tmp = Path(path).with_name(f'{Path(path).name}.tmp.{id(kept)}')
     tmp.write_text(''.join(json.dumps(r) + '\n' for r in kept), encoding='utf-8')
     tmp.replace(path)
@@ -150,7 +156,8 @@ def draw_loss(out_dir):
     try:
         from plot import draw, read_run
         path = Path(out_dir) / 'loss.png'
-        draw([read_run(out_dir)], path)
+        if note := draw([read_run(out_dir)], path):
+            warn(note)
     except ImportError:
         return None
     except Exception as error:
