@@ -320,9 +320,10 @@ def _report(folder, coder, meta, n_chars):
     for line in [line for line in coder.decode(start).replace(tok.EOT, '\n').splitlines() if line.strip()][:3]:
         ids = coder.encode(line[:30])
         print(f'  {ids[:8]}{" ..." * (len(ids) > 8)} -> {coder.decode(ids)}')
-    command = f'python train.py config/train_{folder.name}.py'
-    if not (REPO / command.split()[-1]).exists():
-        command = 'python train.py config/train_shakespeare_char.py'
+    configs = [path.name for path in sorted((REPO / 'config').glob('*.py'), reverse=True)  # train_* before finetune_*
+               if re.search(rf"^dataset = '{folder.name}'", path.read_text(encoding='utf-8'), re.M)]
+    command = f'python train.py config/{[*configs, "train_shakespeare_char.py"][0]}'
+    if not configs:
         command += f' --dataset={folder.name} --out_dir=out-{folder.name}'
         fits = min(facts['n_tokens'] for facts in splits.values()) - 1
         if fits < 256:  # that config's context; the largest power of two that both splits can fill

@@ -3,7 +3,6 @@
     python data/chinese/prepare.py [--input=PATH ...] [--encoding=gb18030]
 
 GPT-2's tokens spend two or three ids on a Chinese character; --tokenizer=bpe learns ones that fit.
-
 """
 import sys
 from pathlib import Path

@@ -5,7 +5,6 @@
 
 Train has about 9.04 billion tokens, val 4.4 million. Nothing is kept on disk but
 the result: 18 GB at the peak, 36 where it replaces an older one.
-
 """
 import sys
 from pathlib import Path

@@ -3,7 +3,6 @@
     python data/shuixu_full/prepare.py --input=FOLDER_WITH_THE_BOOKS
 
 Shuffled lines give the validation split the same mix of books and authors as the training split.
-
 """
 import random
 import sys

@@ -2,7 +2,6 @@
 
     python data/tinystories/prepare.py                  streamed from the hub, 1 GB to read, about 1 GB of .bin
     python data/tinystories/prepare.py --input=TinyStoriesV2-GPT4-train.txt --val_input=TinyStoriesV2-GPT4-valid.txt
-
 """
 import sys
 from pathlib import Path

@@ -1,0 +1,34 @@
+"""Characters of the Mahaprajnaparamita sutra: prepare with `python data/boluojing_char/prepare.py --input=FOLDER`.
+
+5.7 million characters with many repetitions. On a GPU nanoGPT's baby GPT; on a CPU a smaller model, by the clock.
+"""
+out_dir = 'out-boluojing-char'
+dataset = 'boluojing_char'
+wandb_project = 'boluojing-char'
+wandb_run_name = 'mini-gpt'
+
+gradient_accumulation_steps = 1
+batch_size = 64
+block_size = 256
+n_layer = 6
+n_head = 6
+n_embd = 384
+dropout = 0.1
+
+learning_rate = 1e-3
+min_lr = 1e-4
+beta2 = 0.99
+warmup_iters = 100
+max_iters = 5000
+eval_interval = 250
+eval_iters = 200
+log_interval = 10
+
+if device == 'cpu':
+    max_minutes = 3.0
+    batch_size, n_layer, n_head, n_embd, dropout = 16, 4, 2, 128, 0.0
+    eval_iters, eval_interval = 10, 250
+    # what learns most in a minute: see docs/results.md
+    pos, norm, mlp, qk_norm, tie_weights, softcap = 'rope', 'rmsnorm', 'relu2', True, False, 15.0
+    optimizer, muon_lr, learning_rate, min_lr = 'muon', 0.02, 4e-3, 0.0
+    lr_schedule, cooldown_frac, warmup_iters = 'wsd', 0.5, 10
