@@ -1,0 +1,113 @@
+"""configurator.py: values, where they come from, and what is said of a mistake."""
+import pytest
+
+from configurator import REPO, Settings, UserError, configure, describe, find_path, resolve
+
+DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'dataset': 'owt', 'device': 'auto', 'start': ''}
+
+
+@pytest.mark.parametrize('words, name, value', [
+    (['--batch_size=3'], 'batch_size', 3), (['--batch_size', '3'], 'batch_size', 3),
+    (['--batch-size=3'], 'batch_size', 3), (['--batch_size=1_000'], 'batch_size', 1000),
+    (['--learning_rate=1'], 'learning_rate', 1.0), (['--learning_rate=1e-3'], 'learning_rate', 1e-3),
+    (['--bias'], 'bias', True), (['--bias=true'], 'bias', True), (['--bias=1'], 'bias', True),
+    (['--bias=YES'], 'bias', True), (['--bias', 'no'], 'bias', False), (['--bias=False'], 'bias', False),
+    (['--start=a=b=c'], 'start', 'a=b=c'), (['--start=42'], 'start', '42'), (['--start='], 'start', ''),
+    (['--start=--x'], 'start', '--x'), (['--start', ' two words '], 'start', ' two words '),
+    (['--batch_size=1', '--batch_size=2'], 'batch_size', 2),
+])
+def test_a_flag_is_read_as_the_type_of_the_default(words, name, value):
+    settings = resolve(DEFAULTS, words)
+    assert not settings.errors and settings[name] == value and type(settings[name]) is type(DEFAULTS[name])
+
+
+@pytest.mark.parametrize('words, told', [
+    (['--batch_size=1.5'], '--batch_size=1.5: expected a whole number'),
+    (['--learning_rate=fast'], '--learning_rate=fast: expected a number'),
+    (['--bias=2'], '--bias=2: expected True or False'), (['--batch_size'], '--batch_size needs a value'),
+    (['--start', '--bias'], '--start needs a value'), (['--datset=x'], 'did you mean dataset?'),
+    (['--zzz=1'], '--help lists them all'), (['nope.py'], 'config file nope.py not found')])
+def test_what_cannot_be_read_is_told(words, told):
+    assert told in '\n'.join(resolve(DEFAULTS, words).errors)
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def config(name, text):
+        (tmp_path / name).write_text(text, encoding='utf-8')
+        return name
+    return config
+
+
+@pytest.mark.parametrize('order', [['--batch_size=5', 'a.py', 'b.py'], ['a.py', 'b.py', '--batch_size=5']])
+def test_flags_beat_configs_wherever_they_stand_and_later_configs_earlier_ones(config, order):
+    config('a.py', 'batch_size = 1\ndataset = "a"\nlearning_rate = 1\n')
+    config('b.py', 'batch_size = 2\ndataset = "b"\n')
+    s = resolve(DEFAULTS, order)
+    assert (s['batch_size'], s['dataset'], s['learning_rate']) == (5, 'b', 1.0)
+    assert [s.origins[n] for n in ('batch_size', 'dataset', 'learning_rate', 'bias')] == [
+        '--batch_size', 'b.py:2', 'a.py:3', 'default']
+
+
+def test_a_config_file_sees_the_values_so_far(config):
+    config('a.py', 'if device == "cpu":\n    batch_size = batch_size // 4\n')
+    assert resolve(DEFAULTS, ['a.py', '--device=cpu'])['batch_size'] == 3
+    assert resolve(DEFAULTS, ['a.py'], early={'device': lambda: 'cpu'})['batch_size'] == 3
+    assert resolve(DEFAULTS, ['a.py', '--device=mps'], early={'device': lambda: 'cpu'})['batch_size'] == 12
+
+
+@pytest.mark.parametrize('text, told', [
+    ('batch_sise = 3\n', 'a.py:1: unknown setting batch_sise; did you mean batch_size?'),
+    ('\nbatch_size = "3"\n', "a.py:2: batch_size = '3': expected int"),
+    ('bias = 1\n', 'a.py:1: bias = 1: expected bool'), ('batch_size = None\n', 'expected int'),
+    ('x = \n', 'a.py:1: SyntaxError'), ('\nbatch_size = 1 / 0\n', 'a.py:2: ZeroDivisionError'),
+    ('dataset = nowhere\n', 'a.py:1: NameError')])
+def test_a_mistake_in_a_config_file_names_the_line(config, text, told):
+    assert told in resolve(DEFAULTS, [config('a.py', text)]).errors[0]
+
+
+def test_every_problem_is_told_and_the_status_is_2(capsys):
+    namespace = dict(DEFAULTS)
+    with pytest.raises(SystemExit) as end:
+        configure(namespace, ['--bias=2', '--typo=1'], check=lambda s: ['a third'])
+    told = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(told) == 3 and all(line.startswith('error: ') for line in told)
+    assert namespace == DEFAULTS
+
+
+def test_a_user_error_is_one_line_and_status_1():
+    with pytest.raises(SystemExit) as end:
+        raise UserError('out of luck')
+    assert end.value.code == 'error: out of luck'  # which Python prints on its way out with status 1
+
+
+def test_help_lists_every_setting_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as end:
+        configure({**DEFAULTS, '__file__': str(REPO / 'train.py')}, ['--help'])
+    lines = capsys.readouterr().out.splitlines()
+    assert end.value.code == 0
+    assert any('--batch_size' in line and 'int' in line and '12' in line and 'micro-batch' in line for line in lines)
+
+
+def test_help_comes_from_the_defaults_block_alone():
+    script = '"""What it does."""\n\n# a group\nx = 3  # how many\n\ndef f():\n    y = 4  # no setting\n'
+    text = describe(script, {'x': 3})
+    assert 'What it does.' in text and 'how many' in text and 'a group' in text and 'no setting' not in text
+
+
+def test_a_path_is_looked_up_here_then_in_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert find_path('train.py') == REPO / 'train.py'
+    (tmp_path / 'train.py').touch()
+    assert find_path('train.py').resolve() == tmp_path / 'train.py'
+
+
+def test_origins_tell_a_flag_from_a_config_from_a_default():
+    s = Settings({'a': 1})
+    assert not s.given('a') and not s.by_flag('a')
+    s.origins['a'] = 'x.py:3'
+    assert s.given('a') and not s.by_flag('a')
+    s.origins['a'] = '--a'
+    assert s.given('a') and s.by_flag('a')

@@ -1,0 +1,105 @@
+"""lib/optim.py: Muon, the fused AdamW, and a state that goes on."""
+import copy
+
+import pytest
+import torch
+
+from configurator import UserError
+from lib.optim import make_optimizer, orthogonalize, restore, z_score
+from model import GPT, GPTConfig
+
+
+def tiny(seed=0):
+    torch.manual_seed(seed)
+    return GPT(GPTConfig(8, 16, 2, 2, 16, bias=True))
+
+
+def train(net, opt, steps, seed=3):
+    g = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        idx = torch.randint(16, (4, 8), generator=g)
+        net(idx, idx.flip(1))[1].backward()
+        opt.step()
+        opt.zero_grad()
+    return [p.detach().clone() for p in net.parameters()]
+
+
+def ours(net, kind='adamw', lr=1e-2, decay=0.1):
+    return make_optimizer(kind, net.param_groups(decay, matrices_apart=kind == 'muon'), lr, 2e-2, (0.9, 0.95), 'cpu')
+
+
+def test_the_fused_adamw_is_torchs_adamw():
+    net, other = tiny(), tiny()
+    plain = torch.optim.AdamW([{**g, 'params': g['params']} for g in other.param_groups(0.1)], lr=1e-2,
+                              betas=(0.9, 0.95), foreach=False, fused=False)
+    opt = ours(net)
+    for _ in range(5):
+        for p, q in zip(net.parameters(), other.parameters()):
+            p.grad = torch.randn_like(p)
+            q.grad = p.grad.clone()
+        opt.step()
+        plain.step()
+    for p, q in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('shape', [(3, 16, 16), (2, 8, 32), (2, 32, 8), (1, 48, 16)])
+def test_orthogonalizing_keeps_directions_and_evens_out_their_sizes(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    out = orthogonalize(g).float()
+    sizes = torch.linalg.svdvals(out)
+    assert out.shape == shape and sizes.min() > 0.3 and sizes.max() < 1.3
+    u, _, vh = torch.linalg.svd(g, full_matrices=False)
+    assert (out - u @ vh).norm() / (u @ vh).norm() < 0.35
+
+
+def test_muon_moves_matrices_by_an_orthogonal_step_and_the_rest_as_adamw():
+    net, other = tiny(), tiny()
+    before = [p.detach().clone() for p in net.parameters()]
+    names = [name for name, _ in net.named_parameters()]
+    muon, adamw = train(net, ours(net, 'muon'), 1), train(other, ours(other), 1)
+    for name, old, new, plain in zip(names, before, muon, adamw):
+        if name.startswith('transformer.h.') and old.dim() == 2:
+            rows, columns = old.shape
+            step = (old * (1 - 2e-2 * 0.1) - new) / (2e-2 * max(1, rows / columns) ** 0.5)
+            assert 0.2 < torch.linalg.svdvals(step)[min(old.shape) // 2] < 1.4, name
+        else:
+            assert torch.equal(new, plain), name
+
+
+@pytest.mark.parametrize('kind', ['adamw', 'muon'])
+def test_a_restored_optimizer_goes_on_exactly(kind):
+    straight = tiny()
+    opt = ours(straight, kind)
+    train(straight, opt, 2)
+    saved = copy.deepcopy(opt.state_dict())
+    net = tiny()
+    net.load_state_dict(straight.state_dict())
+    fresh = ours(net, kind)
+    restore(fresh, saved, 'last.pt')
+    whole = train(straight, opt, 2, seed=4)
+    assert all(torch.equal(a, b) for a, b in zip(train(net, fresh, 2, seed=4), whole))
+
+
+def test_restoring_keeps_the_rates_set_now():
+    net = tiny()
+    saved = ours(net, lr=1e-2, decay=0.1).state_dict()
+    opt = ours(net, lr=3e-3, decay=0.0)
+    restore(opt, saved, 'last.pt')
+    assert [(g['lr'], g['peak'], g['weight_decay']) for g in opt.param_groups] == [(3e-3, 3e-3, 0.0)] * 2
+
+
+def test_the_state_of_another_optimizer_is_refused():
+    net = tiny()
+    with pytest.raises(UserError, match='was the setting optimizer changed'):
+        restore(ours(net, 'muon'), ours(net).state_dict(), 'last.pt')
+
+
+def test_the_z_score_waits_for_a_full_window_and_then_finds_the_outlier():
+    norms, scores = torch.full((16,), float('nan')), []
+    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 1
+    values[30] = 9.0
+    for value in values:
+        z, norms = z_score(value, norms)
+        scores.append(float(z))
+    assert all(s != s for s in scores[:16]) and scores[30] > 10 and max(scores[16:30]) < 3
