@@ -175,6 +175,7 @@ def draw_loss(ax, runs, axis):
         if lone:
             xs, ys = series(run.updates, x_update, 'loss')
             ax.plot(xs, ys, color=train_color, alpha=0.25, linewidth=0.8, label='train, each update')
+            low += ys
         xs, train = series(run.evals, x_eval, 'train_loss')
         ax.plot(xs, [y * train_scale for y in train], color=train_color, linewidth=1.3, alpha=1 if lone else 0.5,
                 linestyle='-' if lone else '--', label='train' if lone else None)
@@ -205,15 +206,16 @@ def draw_loss(ax, runs, axis):
 
 
 def draw_small(ax, runs, axis, name, title):
-    """Draw one of the update's other numbers."""
+    """Draw one of the update's other numbers; a single spike may leave through the top."""
+    top = 0
     for i, run in enumerate(runs):
         xs, ys = series(run.updates, AXES[axis][0], name)
-        color = COLORS[i % len(COLORS)]
-        if name != 'lr':
-            ax.plot(xs, ys, color=color, alpha=0.2, linewidth=0.7)
-        ax.plot(xs, ys if name == 'lr' else smooth(ys), color=color, linewidth=1.3)
+        color, usual = COLORS[i % len(COLORS)], ys if name == 'lr' else smooth(ys)
+        ax.plot(xs, ys, color=color, alpha=0.2, linewidth=0.7)
+        ax.plot(xs, usual, color=color, linewidth=1.3)
+        top = max([top, *usual])
     ax.set_title(title)
-    ax.set_ylim(bottom=0)
+    ax.set_ylim(0, 1.5 * top if name == 'grad_norm' and top else None)
     label_axis(ax, axis)
     ax.yaxis.set_major_formatter(short_ticks)
 
