@@ -165,7 +165,7 @@ def main(argv=None):
     if tok.vocab_size > model.config.vocab_size:
         raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) {tok.vocab_size}: '
                         'they do not belong together')
-    model.to(rt.device).compute_dtype = rt.dtype  # weights stay float32, as in training
+    model.to(rt.device).compute_in(rt.dtype)  # weights stay float32, as in training
     net = torch.compile(model) if compile else model
     print(f'device: {rt.why}')
     print(run_task(net, tok, rt) if task else run_text(net, tok, rt, state))

@@ -64,17 +64,19 @@ class GPTConfig:
 
 
 class Linear(nn.Linear):
-    """nn.Linear in the dtype of what comes in, whatever the weights are kept in.
+    """nn.Linear that multiplies in `compute_dtype`, whatever its weights are kept in (see GPT.compute_in).
 
     It leaves its weights to GPT's own initialisation, so that none is drawn twice or in vain.
     """
+    compute_dtype = None  # as the weights are
 
     def reset_parameters(self):
         pass
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        dtype = self.compute_dtype or self.weight.dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 class Embedding(nn.Embedding):
@@ -93,8 +95,25 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.layer_norm(x, self.weight.shape, self.weight.to(x.dtype), bias, 1e-5)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+
+
+def dropout(x, p):
+    """Return x with each element zeroed with probability p and the rest scaled by 1 / (1 - p).
+
+    On a CPU 16 random bits an element decide, four elements a random number: torch's own draws a whole one for each
+    and takes as long as a matrix product. p is then rounded to a multiple of 1 / 65536.
+    """
+    if p == 0 or not x.is_cpu:
+        return F.dropout(x, p)
+    below, n = round(p * 65536), x.numel()
+    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
+    return x * (bits >= below - 32768).to(x.dtype).mul_(65536 / (65536 - below))
+
+
+class Dropout(nn.Dropout):
+    def forward(self, x):
+        return dropout(x, self.p) if self.training else x
 
 
 class RMSNorm(nn.Module):
@@ -130,33 +149,32 @@ class KVCache:
 
 
 def rope_table(block_size, hs):
-    """Return (2, block_size, hs / 2): cos and sin of each position's angles (Su et al. 2021, arXiv:2104.09864)."""
+    """Return (2, block_size, hs): cosines, and signed sines, of each position's angles (Su et al. 2021, 2104.09864)."""
     angle = torch.outer(torch.arange(block_size).float(), 10000.0 ** (-torch.arange(0, hs, 2).float() / hs))
-    return torch.stack([angle.cos(), angle.sin()])
+    return torch.stack([torch.cat([angle.cos(), angle.cos()], -1), torch.cat([-angle.sin(), angle.sin()], -1)])
 
 
 def rotate(x, rope):
-    """Turn the two halves of each head of x (B, nh, T, hs) by the angles in rope (2, T, hs / 2)."""
+    """Turn the pairs (i, i + hs / 2) of each head of x (B, nh, T, hs) by the angles in rope (2, T, hs)."""
     cos, sin = rope.to(x.dtype)
-    a, b = x.chunk(2, dim=-1)  # (B, nh, T, hs / 2) each
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
-def attend(q, k, v, dropout):
+def attend(q, k, v, p):
     """Return causal attention (B, nh, T, hs) of the last T of S positions: q (B, nh, T, hs), k and v (B, nh, S, hs).
 
-    torch's fused kernel, except for short contexts in bfloat16 on a CPU: there the kernel's forward and backward take
-    2.5 times as long as the products written out.
+    p: dropout. torch's fused kernel, except for short contexts in bfloat16 on a CPU: there the kernel's forward and
+    backward take 2.5 times as long as the products written out.
     """
     shape, T, S = q.shape, q.size(2), k.size(2)
     if q.is_cpu and q.dtype == torch.bfloat16 and T == S <= 512:
         mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
         q, k, v = (t.reshape(-1, T, t.size(-1)) for t in (q, k, v))  # (B nh, T, hs) each
         weights = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5).softmax(-1)  # (B nh, T, T)
-        return (F.dropout(weights, dropout) @ v).view(shape)
+        return (dropout(weights, p) @ v).view(shape)
     # is_causal aligns to the upper left, so fewer queries than keys need the mask spelt out
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S, dropout_p=dropout)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S, dropout_p=p)
 
 
 class CausalSelfAttention(nn.Module):
@@ -165,7 +183,7 @@ class CausalSelfAttention(nn.Module):
         self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
-        self.resid_dropout = nn.Dropout(config.dropout)
+        self.resid_dropout = Dropout(config.dropout)
         self.qk_norm = RMSNorm() if config.qk_norm else None
 
     def forward(self, x, rope=None, cache=None):
@@ -200,7 +218,7 @@ class MLP(nn.Module):
         self.c_fc = Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
         self.c_proj = Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
         self.act = {'gelu': F.gelu, 'gelu_tanh': gelu_tanh, 'relu2': relu2}[config.mlp]
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         return self.dropout(self.c_proj(self.act(self.c_fc(x))))
@@ -214,7 +232,7 @@ class SwiGLU(nn.Module):
         hidden = -(-8 * config.n_embd // 3 // 8) * 8  # a multiple of 8, which the hardware likes
         self.c_fc = Linear(config.n_embd, 2 * hidden, bias=config.bias)
         self.c_proj = Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x):
         gate, value = self.c_fc(x).chunk(2, dim=-1)  # (B, T, hidden) each
@@ -243,11 +261,10 @@ class GPT(nn.Module):
             raise ValueError('; '.join(config.problems()))
         self.config = config
         self.checkpoint_activations = False  # recompute each block in the backward pass instead of keeping it
-        self.compute_dtype = None  # of activations and matrix products; None: as the weights are
         self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
             self.transformer['wpe'] = Embedding(config.block_size, config.n_embd)
-        self.transformer['drop'] = nn.Dropout(config.dropout)
+        self.transformer['drop'] = Dropout(config.dropout)
         self.transformer['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer['ln_f'] = make_norm(config)
         self.lm_head = Linear(config.n_embd, config.vocab_size, bias=False)
@@ -292,7 +309,7 @@ class GPT(nn.Module):
             rope = self.rope[:, start:start + T]
         else:
             x = x + self.transformer.wpe.weight[start:start + T]
-        x = self.transformer.drop(x.to(self.dtype))
+        x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.checkpoint_activations and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, use_reentrant=False)
@@ -311,10 +328,16 @@ class GPT(nn.Module):
         logits, cap = self.lm_head(x), self.config.softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
 
+    def compute_in(self, dtype):
+        """Multiply matrices in `dtype`; weights, residual stream and norms stay as they are, which is float32."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.compute_dtype = dtype
+
     @property
     def dtype(self):
-        """The dtype of activations, so of keys and values too."""
-        return self.compute_dtype or self.transformer.wte.weight.dtype
+        """The dtype of matrix products, so of keys and values too."""
+        return self.lm_head.compute_dtype or self.lm_head.weight.dtype
 
     def num_params(self, without_positions=True):
         """Return how many parameters there are; nanoGPT's count leaves the position table out."""

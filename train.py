@@ -89,6 +89,7 @@ dtype = 'auto'  # float32 | bfloat16 | float16; what the device does fast and sa
 compile = True  # torch.compile; where it pays unless given
 backend = 'nccl'  # torch.distributed backend; nccl on CUDA and gloo on CPU unless given
 parallel = 'ddp'  # ddp | fsdp (shards a model that does not fit one GPU)
+dist_timeout = 600.0  # seconds without progress after which a job of several processes ends
 peak_tflops = 0.0  # the device's peak for MFU; 0 looks it up or measures it
 seed = 1337  # of weights, data order and dropout
 
@@ -135,7 +136,11 @@ def mean_loss(fast, model, rt, batches):
     """
     model.eval()
     nats, count = torch.zeros((), device=rt.device), 0
-    for idx, targets in batches:
+    for batch in rt.in_step(batches):
+        if batch is None:  # the other ranks' pass needs this one's share of the weights
+            model(torch.zeros(1, 1, dtype=torch.int64, device=rt.device))
+            continue
+        idx, targets = batch
         usual = idx.shape == (batch_size, block_size)
         loss = (fast if usual else model)(*rt.put(idx, targets))[1]
         nats, count = nats + loss * targets.numel(), count + targets.numel()
@@ -174,6 +179,9 @@ def main():
     data, resumed = opened['data'], opened['resume']
     rt = runtime.start(settings)
     say = report.say if rt.master else lambda line: None
+    warn = report.warn if rt.master else lambda line: None
+    rt.same('the dataset', data.fingerprint())
+    rt.same(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1].get('iter_num')))
     writes = rt.master and not eval_only
     lock = checkpoint.claim(out_dir) if writes else None
     if writes and not resumed and (old := checkpoint.put_aside(out_dir)):
@@ -193,9 +201,9 @@ def main():
         model = models.pretrained(init_from, dropout=dropout, block_size=block_size)
     if lora_rank and not resumed:
         lora.adapt(model, lora_rank)
-    model.compute_dtype = rt.dtype  # weights stay float32
+    model.compute_in(rt.dtype)  # weights stay float32
     model.checkpoint_activations = checkpoint_activations
-    model.to(rt.device).train()
+    model = runtime.place(model, rt, parallel).train()
     opt = make_optimizer(optimizer, model.param_groups(weight_decay, matrices_apart=optimizer == 'muon'),
                          learning_rate, muon_lr, (beta1, beta2), rt.device.type)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
@@ -239,7 +247,7 @@ def main():
 
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(state.get('rng')):
-        report.warn(f'{path} has no random state for this many processes on this device: resuming is not exact')
+        warn(f'{path} has no random state for this many processes on this device: resuming is not exact')
     resumed = state = None  # frees the checkpoint's tensors
     saved_iter, n_spikes = iter_num, 0
     log = f'{out_dir}/log.jsonl'
@@ -262,7 +270,8 @@ def main():
 
     def snapshot():
         """Return the checkpoint: nanoGPT's six keys, then what exact resuming and sampling need; all ranks call it."""
-        return {'model': model.state_dict(), 'optimizer': opt.state_dict(), 'model_args': model.config.model_args(),
+        return {'model': runtime.whole(model.state_dict(), rt.master),
+                'optimizer': runtime.whole(opt.state_dict(), rt.master), 'model_args': model.config.model_args(),
                 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(settings),
                 'format': checkpoint.FORMAT, 'tokenizer': data.tokenizer, 'data': data.fingerprint(),
                 'rng': rt.rng_states(), 'scaler': scaler.state_dict(), 'tokens_seen': tokens_seen,
@@ -284,7 +293,7 @@ def main():
             except UserError as error:
                 failure = error.message
         if failure and not must:
-            report.warn(failure)
+            warn(failure)
         if not rt.maximum(bool(failure))[0]:
             saved_iter = iter_num
         elif must:
@@ -325,8 +334,8 @@ def main():
                     report.append_log(log, record)
                     track({f'eval/{k}': v for k, v in record.items()}, iter_num)
                 if overfitting(history):
-                    report.warn('overfitting: validation loss has risen for several evaluations while training loss '
-                                f'fell; ckpt.pt keeps iter {best_step(history)}')
+                    warn('overfitting: validation loss has risen for several evaluations while training loss '
+                         f'fell; ckpt.pt keeps iter {best_step(history)}')
                 save(also_ckpt=better or always_save_checkpoint, must=last)
             if last:
                 break
@@ -360,7 +369,7 @@ def main():
                 scaler.scale(loss).backward()
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)
-            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            grad_norm = runtime.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
             z, norms = z_score(grad_norm, norms) if spike_skip else (torch.zeros_like(grad_norm), norms)
             if not scaler.is_enabled():  # else the scaler does the same
                 unfit = ~torch.isfinite(loss_sum + grad_norm) | (z > spike_skip)
@@ -407,4 +416,5 @@ def main():
 
 
 if __name__ == '__main__':
-    main()
+    with runtime.one_of_many():
+        main()

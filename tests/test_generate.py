@@ -247,7 +247,7 @@ def test_activations_in_bfloat16_over_float32_weights_keep_the_cache_in_bfloat16
             super().__init__(config, batch_size, device, dtype)
             dtypes.append(dtype)
     monkeypatch.setattr(room, 'KVCache', Cache)
-    model.compute_dtype = torch.bfloat16
+    model.compute_in(torch.bfloat16)
     ids_of(model, [1], 2, 12)
     assert set(dtypes) == {torch.bfloat16}
 

@@ -1,0 +1,75 @@
+"""Every command of README.md and README.zh.md runs, with tiny overrides, in a fresh copy of the repository."""
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import REPO
+
+TINY = {
+    'train.py': '--max_iters=2 --eval_iters=1 --eval_interval=2 --log_interval=1 --n_layer=1 --n_head=2 --n_embd=16 '
+                '--block_size=16 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu --dtype=float32 '
+                '--compile=False --warmup_iters=0 --lora_rank=0 --peak_tflops=1'.split(),
+    'sample.py': '--num_samples=1 --max_new_tokens=5 --device=cpu --dtype=float32'.split(),
+    'evaluate.py': '--device=cpu --dtype=float32'.split(),
+}
+# What a test cannot do: fetch from a hub, start other processes, or install.
+ELSEWHERE = re.compile(r'gpt2|openwebtext|tinystories|hub:|pytest|bench\.py|arithmetic')
+DRIVER = '''
+import json, os, runpy, sys
+for script, *arguments in json.load(sys.stdin):
+    print('+', script, *arguments, flush=True)
+    sys.argv = [script, *arguments]
+    sys.path[0] = os.getcwd()
+    try:
+        runpy.run_path(script, run_name='__main__')
+    except SystemExit as end:
+        if end.code not in (0, None):
+            print(end.code, file=sys.stderr)
+            raise
+'''
+
+
+def commands(readme):
+    """Return the `python ...` commands in a README's bash fences, as lists of words."""
+    text = (REPO / readme).read_text(encoding='utf-8')
+    lines = [line for fence in re.findall(r'```bash\n(.*?)```', text, re.S) for line in fence.splitlines()]
+    parts = [shlex.split(part, comments=True) for line in lines for part in line.split('&&')]
+    return [words[1:] for words in parts if words[:1] == ['python'] and not ELSEWHERE.search(' '.join(words))]
+
+
+@pytest.fixture(scope='module')
+def clone(tmp_path_factory):
+    """A copy of the files that git knows, with the texts that a reader would have."""
+    clone = tmp_path_factory.mktemp('clone') / 'minuteGPT'
+    listed = subprocess.run(['git', 'ls-files', '-co', '--exclude-standard'], cwd=REPO, capture_output=True, text=True)
+    for name in listed.stdout.splitlines():
+        if (REPO / name).is_file():
+            (clone / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(REPO / name, clone / name)
+    english = 'ROMEO: To be, or not to be? That is the question.\n\nJULIET: Whether it is nobler?\n\n' * 40
+    chinese = '人之初，性本善。性相近，习相远。苟不教，性乃迁。教之道，贵以专。\n话说天下大势。林冲道：\n' * 60
+    for path, text in {'data/shakespeare_char/input.txt': english, 'data/shakespeare/input.txt': english,
+                       'data/sanzijing_char/input.txt': chinese, 'data/shuixu_char/input.txt': chinese,
+                       'book.txt': english + chinese, 'prompt.txt': 'ROMEO:'}.items():
+        (clone / path).write_text(text, encoding='utf-8')
+    return clone
+
+
+@pytest.mark.parametrize('readme', ['README.md', 'README.zh.md'])
+def test_the_commands_of(readme, clone):
+    found = commands(readme)
+    assert len(found) >= 5
+    jobs = [[*words, *TINY.get(words[0], [])] for words in found]
+    done = subprocess.run([sys.executable, '-c', DRIVER], input=json.dumps(jobs), cwd=clone, capture_output=True,
+                          text=True, encoding='utf-8')
+    assert done.returncode == 0, f'{done.stdout[-1500:]}\n{done.stderr[-1500:]}'
+
+
+def test_the_quick_start_is_two_commands():
+    text = (REPO / 'README.md').read_text(encoding='utf-8')
+    section = text.split('## Quick start')[1].split('\n## ')[0]
+    assert len(re.findall(r'```bash\n(.+)\n```', section)) == len(re.findall('```', section)) // 2 == 2
