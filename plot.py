@@ -94,8 +94,9 @@ def summary(run, width=80):
         return f'{run.name}: no evaluation in the log yet'
     _, losses = series(run.evals, 'step', 'val_loss')
     note = f'; overfitting since, now {losses[-1]:.4f}' if overfitted(run) else ''
+    ceiling = max(losses[1:] or losses)  # the plunge from the first evaluation would flatten all that follows
     return (f'{run.name}: best val loss {top["val_loss"]:.4f} at iter {top["step"]:,}{note}\n'
-            f'  {losses[0]:.4f} {sparkline(losses, max(8, width - 20))} {losses[-1]:.4f}')
+            f'  {losses[0]:.4f} {sparkline([min(loss, ceiling) for loss in losses], max(8, width - 20))} {losses[-1]:.4f}')
 
 
 def font_for(text):
