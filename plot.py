@@ -95,8 +95,9 @@ def summary(run, width=80):
     _, losses = series(run.evals, 'step', 'val_loss')
     note = f'; overfitting since, now {losses[-1]:.4f}' if overfitted(run) else ''
     ceiling = max(losses[1:] or losses)  # the plunge from the first evaluation would flatten all that follows
+    bars = sparkline([min(loss, ceiling) for loss in losses], max(8, width - 20))
     return (f'{run.name}: best val loss {top["val_loss"]:.4f} at iter {top["step"]:,}{note}\n'
-            f'  {losses[0]:.4f} {sparkline([min(loss, ceiling) for loss in losses], max(8, width - 20))} {losses[-1]:.4f}')
+            f'  {losses[0]:.4f} {bars} {losses[-1]:.4f}')
 
 
 def font_for(text):
