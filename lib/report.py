@@ -73,8 +73,8 @@ def warn_if_long(minutes, most=30):
 
 def advance(bar, done, loss, best_val_loss, tok_s, minutes_left):
     """Move the progress bar to `done` (0 to 1); what it says fits a terminal of 60 columns."""
-    bar.set_postfix_str(f'loss {loss:.3f}, best {best_val_loss:.3f}, {short(tok_s)} tok/s, '
-                        f'{duration(minutes_left)} left', refresh=False)
+    bar.set_description_str(f'loss {loss:.3f}, best {best_val_loss:.3f}, {short(tok_s)} tok/s, '
+                            f'{duration(minutes_left)} left', refresh=False)
     bar.update(min(100, 100 * done) - bar.n)
 
 
@@ -148,7 +148,7 @@ def progress_bar(total, show=True):
     return tqdm(total=total, disable=False if show and kernel else None if show else True, leave=False, miniters=0,
                 file=sys.stdout if kernel else sys.stderr, mininterval=0.5 if kernel else 0.1,
                 ncols=100 if kernel else None, dynamic_ncols=not kernel,
-                bar_format='{percentage:3.0f}%|{bar}| {postfix}')
+                bar_format='{percentage:3.0f}%|{bar}| {desc}')
 
 
 def draw_loss(out_dir):
