@@ -36,7 +36,7 @@ seed = 1337  # the same seed, the same samples
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best there is unless given
 dtype = 'auto'  # of weights and arithmetic: float32 | bfloat16 | float16; what the device does fast unless given
-compile = False  # torch.compile: pays for long runs only
+compile = False  # torch.compile: a minute and more to begin with, for long runs only
 
 
 def check(s):

@@ -10,7 +10,7 @@ import torch
 from configurator import UserError
 from model import KVCache
 
-KEEP = 1 / 2  # share of a full context that stays when it slides
+KEEP = 1 / 2  # share of a full context that stays when it slides; 3/4 and 7/8 are slower and save no nats
 GLANCE = 16  # tokens between two looks at what came out, since each look waits for the device
 
 
