@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from configurator import UserError, configure, find_path
 from lib import dataset as datasets
-from lib import models, runtime, tasks
+from lib import models, report, runtime, tasks
 
 # model
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
@@ -82,7 +82,8 @@ def split_nats(model, rt, tokens, block_size, stride):
         targets = targets.masked_fill(torch.arange(lengths[0]) < torch.tensor(lengths - fresh)[:, None], -1)
         return float(model(*rt.put(idx, targets))[1]) * int(fresh.sum())
 
-    for window in windows(len(tokens), block_size, stride):
+    count = 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
+    for window in report.watched(windows(len(tokens), block_size, stride), count, 'windows'):
         if batch and (len(batch) == batch_size or window[1] != batch[0][1]):
             nats, batch = nats + score(), []
         batch.append(window)
@@ -96,7 +97,8 @@ def continuation_nats(model, rt, rows):
     rows: (context ids, continuation ids) each. What is longer than block_size + 1 loses its beginning.
     """
     results = []
-    for first in range(0, len(rows), batch_size):
+    firsts = range(0, len(rows), batch_size)
+    for first in report.watched(firsts, len(firsts), 'batches'):
         whole = [(context + end)[-model.config.block_size - 1:] for context, end in rows[first:first + batch_size]]
         fresh = [min(len(end), len(ids) - 1) for (_, end), ids in zip(rows[first:first + batch_size], whole)]
         T = max(map(len, whole)) - 1

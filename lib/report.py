@@ -139,16 +139,25 @@ def in_notebook():
     return shell is not None and 'IPKernelApp' in shell.config
 
 
-def progress_bar(total, show=True):
+def _bar(items=None, show=True, **options):
     """Return a tqdm bar for a terminal (on stderr) or a notebook (on stdout, among the lines); elsewhere a silent one.
 
     A command in a notebook's cell (!python ...) has a terminal of the notebook's making.
     """
     kernel = in_notebook()
-    return tqdm(total=total, disable=False if show and kernel else None if show else True, leave=False, miniters=0,
+    return tqdm(items, disable=False if show and kernel else None if show else True, leave=False, miniters=0,
                 file=sys.stdout if kernel else sys.stderr, mininterval=0.5 if kernel else 0.1,
-                ncols=100 if kernel else None, dynamic_ncols=not kernel,
-                bar_format='{percentage:3.0f}%|{bar}| {desc}')
+                ncols=100 if kernel else None, dynamic_ncols=not kernel, **options)
+
+
+def progress_bar(total, show=True):
+    """Return the bar of a run, which `advance` moves."""
+    return _bar(show=show, total=total, bar_format='{percentage:3.0f}%|{bar}| {desc}')
+
+
+def watched(items, total, what):
+    """Return `items` to loop over, with a bar that counts them and tells the time left."""
+    return _bar(items, total=total, desc=what)
 
 
 def draw_loss(out_dir):

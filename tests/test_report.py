@@ -84,6 +84,12 @@ def test_there_is_no_bar_in_a_pipe():
     assert done.stderr == 'warning: mind this\n'
 
 
+@posix
+def test_counting_bars_tell_how_many_there_are_on_a_terminal():
+    seen = on_a_terminal('from lib import report\nfor _ in report.watched(range(3), 3, "windows"): pass', 80)
+    assert 'windows:   0%|' in seen and '0/3 [' in seen
+
+
 @pytest.mark.parametrize('number, text', [(7, '7'), (949.6, '950'), (999.9, '1.0k'), (9949, '9.9k'), (9960, '10k'),
                                           (123_456, '123k'), (999_600, '1.0M'), (2.5e7, '25M')])
 def test_speeds_are_short(number, text):
