@@ -83,7 +83,8 @@ def generate(model, prompt, num_samples, max_new_tokens, *, valid_vocab=None, se
     valid_vocab: ids from here on are never picked. seed: of these samples alone. When the context is full, its newest
     KEEP is read anew, and so on. Nothing waits for the device; a -1 says that the model's output is not a number.
     """
-    device, dtype, block_size = model.lm_head.weight.device, model.dtype, model.config.block_size
+    device, block_size = model.lm_head.weight.device, model.config.block_size
+    dtype = torch.float32 if device.type == 'cpu' else model.dtype  # one query in bfloat16 is slower on a CPU
     generator = torch.Generator(device).manual_seed(seed)
     T, kept = len(prompt), max(1, int(KEEP * block_size))
     idx = torch.zeros(num_samples, T + max_new_tokens, dtype=torch.long, device=device)  # (B, T + new)
