@@ -21,7 +21,7 @@ except ImportError:  # Windows: two runs in one out_dir are then not told apart
     fcntl = None
 
 FORMAT = 2  # nanoGPT's, without a `format` key, counts as 1
-RUN_FILES = ('ckpt.pt', 'last.pt', 'last.prev.pt', 'log.jsonl', 'loss.png')
+RUN_FILES = ('ckpt.pt', 'last.pt', 'last.prev.pt', 'log.jsonl', 'loss.png', 'tensorboard')
 
 
 def _check_plain(value, where):

@@ -1,6 +1,7 @@
 """plot.py: what the picture shows, and logs that are short, empty or broken off."""
 import json
 import sys
+import warnings
 
 import pytest
 
@@ -110,6 +111,11 @@ def test_a_run_that_still_improves_is_not_shaded(tmp_path):
     assert not loss_axes([plot.read_run(write_run(tmp_path / 'a', FALL))]).patches
 
 
+def test_a_rise_within_the_noise_is_not_overfitting(tmp_path):
+    run = plot.read_run(write_run(tmp_path / 'a', [4.0, 3.0, 2.5, 2.51]))
+    assert plot.best(run)['step'] == 10 and not plot.overfitted(run)
+
+
 def test_a_rise_with_training_loss_rising_too_is_not_overfitting(tmp_path):
     assert not plot.overfitted(plot.read_run(write_run(tmp_path / 'a', RISE, train=RISE)))
 
@@ -137,6 +143,7 @@ def test_the_curve_begins_before_the_second_evaluation_but_the_axis_fits_what_fo
 
 def test_a_name_that_no_font_can_write_is_one_line_and_still_a_picture(run, tmp_path, monkeypatch):
     monkeypatch.setattr(font_manager, 'findSystemFonts', lambda: [])
+    warnings.simplefilter('error')  # matplotlib's would be one a letter
     write_run(tmp_path / '三字经', FALL)
     done = run('plot.py', tmp_path / '三字经')
     assert sum('fonts-noto-cjk' in line for line in done.out.splitlines()) == 1 and done.err == ''

@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -135,6 +136,11 @@ def test_a_cpu_run_of_hours_is_told_of_a_short_one_once(run, workdir):
     assert done.err.count('--max_minutes=3') == 1 and 'config/train_shakespeare_char.py' in done.err
 
 
+@pytest.mark.parametrize('minutes, long', [(30, False), (30.1, True)])
+def test_a_run_is_long_from_half_an_hour_on(minutes, long, capsys):
+    assert report.warn_if_long(minutes) == long == bool(capsys.readouterr().err)
+
+
 def test_a_short_cpu_run_is_not_warned_of(run, workdir):
     assert run('train.py', *TINY).err == ''
 
@@ -221,11 +227,24 @@ def test_tensorboard_reads_back_what_the_log_has(run, workdir):
     assert events.Tags()['tensors'] == ['eval/sample/text_summary'] and events.Tags()['images'] == ['curves']
 
 
-def test_tensorboard_shows_each_step_once_after_resuming(run, workdir):
+def test_tensorboard_shows_each_step_once_after_a_kill_and_resuming(run, workdir):
     pytest.importorskip('tensorboard')
-    run('train.py', *TINY, '--tensorboard_log=True', '--max_iters=4')
-    run('train.py', *TINY, '--tensorboard_log=True', '--init_from=resume')
+    flags = [*TINY, '--tensorboard_log=True', '--init_from=auto']
+    run('train.py', *flags, '--max_iters=4')
+    shutil.copy('out/last.pt', 'iter4.pt')
+    run('train.py', *flags)
+    for name in ('ckpt.pt', 'last.prev.pt'):
+        os.remove(f'out/{name}')
+    os.replace('iter4.pt', 'out/last.pt')  # as if killed behind iter 5, before it was saved
+    assert 'resuming from iter 4' in run('train.py', *flags).out
     assert [e.step for e in tensorboard_events('out/tensorboard').Scalars('train/loss')] == [0, 1, 2, 3, 4, 5]
+
+
+def test_a_new_run_in_an_old_folder_begins_its_own_curves(run, workdir):
+    pytest.importorskip('tensorboard')
+    run('train.py', *TINY, '--tensorboard_log=True')
+    run('train.py', *TINY, '--tensorboard_log=True', '--max_iters=2')
+    assert [len(tensorboard_events(f'out/{old}tensorboard').Scalars('train/loss')) for old in ('', 'old-1/')] == [2, 6]
 
 
 # wandb: the real package, without a network
