@@ -109,4 +109,5 @@ def pretrained_tokenizer(name):
 
 def has_nan(model):
     """True where a parameter is not a number or infinite."""
-    return any(not torch.isfinite(p.detach().sum()) for p in model.parameters())  # a sum needs no memory
+    mine = (p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters())  # under FSDP this rank's share
+    return any(not torch.isfinite(p.detach().sum()) for p in mine)  # a sum needs no memory

@@ -2,6 +2,7 @@
 import torch
 
 from configurator import UserError
+from lib.runtime import share_like
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -90,4 +91,7 @@ def restore(optimizer, saved, path):
     if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in now]:
         raise UserError(f'the optimizer state in {path} does not fit: was the setting optimizer changed?')
     groups = [{**group, 'params': old['params']} for group, old in zip(now, saved['param_groups'])]
-    optimizer.load_state_dict({'state': saved['state'], 'param_groups': groups})
+    params = [p for group in optimizer.param_groups for p in group['params']]
+    state = {i: {key: share_like(value, params[i]) for key, value in moments.items()}
+             for i, moments in saved['state'].items()}
+    optimizer.load_state_dict({'state': state, 'param_groups': groups})

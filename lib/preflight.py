@@ -14,7 +14,7 @@ SETTING_CHOICES = {
     'data_order': ('epochs', 'random'),
 }
 AT_LEAST = {
-    1: ('eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'),
+    1: ('dist_timeout', 'eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'),
     0: ('max_iters', 'warmup_iters', 'lr_decay_iters', 'patience', 'max_minutes', 'total_batch_tokens', 'peak_tflops',
         'lora_rank', 'sample_interval', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'spike_skip',
         'seed'),
@@ -28,6 +28,10 @@ CONFLICTS = (
      'dtype=float16 needs the gradient scaling that only CUDA has here; use bfloat16 or float32'),
     (lambda s: s['eval_only'] and s['init_from'] in ('scratch', 'auto'),
      'eval_only needs a model: --init_from=resume or gpt2*'),
+    (lambda s: s['parallel'] == 'fsdp' and s['optimizer'] == 'muon',
+     'optimizer=muon needs whole matrices, which parallel=fsdp shares out; use adamw, or ddp'),
+    (lambda s: s['parallel'] == 'fsdp' and s['dtype'] == 'float16',
+     'parallel=fsdp supports bfloat16 and float32, not float16'),
     (lambda s: s['spike_skip'] and s['dtype'] == 'float16',
      'spike_skip cannot be used with float16, whose gradient scaler decides by itself; use bfloat16 or float32'),
     (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
@@ -116,6 +120,13 @@ def _adopt_lora(s, state, path):
 
 
 def check(s, opened):
+    """Return what `_check` finds, a line each, naming the rank where there are several."""
+    rank, world_size = runtime.rank_and_world()
+    found = _check(s, opened)
+    return [f'rank {rank}: {line}' for line in found] if world_size > 1 else found
+
+
+def _check(s, opened):
     """Return all that is wrong with a training run's Settings, and leave in `opened` what was read on the way.
 
     opened: gets 'data' (a Dataset) and, when resuming, 'resume' (path, checkpoint). Automatic settings that follow

@@ -190,12 +190,23 @@ def one_of_many():
     except UserError as error:
         raise UserError(f'rank {rank}: {error.message}' if world_size > 1 else error.message) from error
     except RuntimeError as error:
-        if not dist.is_initialized() or not lost_contact(error):
+        if not lost_contact(error):
             raise
         silent = ', '.join(map(str, silent_ranks(rank, world_size))) or 'none'
         reason = str(error).strip().splitlines()[0][:200]
         raise UserError(f'rank {rank}: the ranks lost each other ({reason}); silent: {silent}. The newest whole '
                         'checkpoint is unharmed: go on with --init_from=auto') from error
+    finally:
+        _settle()
+
+
+def _settle():
+    """Let gloo's threads drop the tensors of the last collective, for which they need Python's lock.
+
+    Where the group's destructor, which holds that lock, waits for them instead, torch 2.13 hangs for ever.
+    """
+    if dist.is_initialized():
+        time.sleep(0.2)
 
 
 def lost_contact(error):
@@ -204,8 +215,10 @@ def lost_contact(error):
     return isinstance(error, dist.DistError) or any(word in str(error) for word in words)
 
 
-def silent_ranks(rank, world_size, wait=5.0):
+def silent_ranks(rank, world_size, wait=3.0):
     """Return the ranks that do not report within `wait` seconds that they, too, are looking for the others."""
+    if not dist.is_initialized():
+        return ['not known']
     store, until = dist.distributed_c10d._get_default_store(), time.time() + wait
     store.set(f'looking/{rank}', '')
     while (silent := [r for r in range(world_size) if not store.check([f'looking/{r}'])]) and time.time() < until:
@@ -235,8 +248,9 @@ def start(settings):
     if world_size > 1:
         if device.type == 'cuda':
             device = torch.device('cuda', local_rank)
-        backend = settings['backend'] if settings.given('backend') else 'cpu:gloo,cuda:nccl'
-        dist.init_process_group(backend if device.type == 'cuda' else 'gloo', timeout=datetime.timedelta(seconds=settings['dist_timeout']))
+        fast = settings['backend'] if settings.given('backend') else 'nccl'
+        dist.init_process_group(f'cpu:gloo,cuda:{fast}' if device.type == 'cuda' else 'gloo',  # the CPU's for `maximum`
+                                timeout=datetime.timedelta(seconds=settings['dist_timeout']))
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     name, reason = (settings['dtype'], 'as asked') if settings.given('dtype') else pick_dtype(device)
@@ -329,6 +343,7 @@ def compile_or_fall_back(model, runtime, explicit, try_step):
 def finish():
     """Leave the group of ranks, if this process is in one."""
     if dist.is_initialized():
+        _settle()
         dist.destroy_process_group()
 
 

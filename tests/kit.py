@@ -1,7 +1,11 @@
 """The fault kit: what tests break files and calls with, and how they compare what came out."""
+import multiprocessing
 import os
+import runpy
+import socket
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -14,6 +18,11 @@ REPO = Path(__file__).resolve().parent.parent
 def load(path):
     """Return a checkpoint as any program would read it."""
     return torch.load(path, map_location='cpu', weights_only=True)
+
+
+def trained_part(state):
+    """Return what must be equal in two runs of the same training; the rest tells of time and of evaluations."""
+    return {key: state[key] for key in ('model', 'optimizer', 'iter_num', 'rng', 'tokens_seen', 'scaler', 'data')}
 
 
 def differences(a, b, where=''):
@@ -65,3 +74,50 @@ def break_call(monkeypatch, module, name, error, when=lambda *args: True):
             raise error
         return real(*args, **kwargs)
     monkeypatch.setattr(module, name, broken)
+
+
+# Several ranks, forked from one server that has imported torch: a start costs a tenth of a second, not four
+
+_ranks = multiprocessing.get_context('forkserver')
+_ranks.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'lib.generate', 'tqdm',
+                               'lib.preflight', 'lib.report'])
+
+
+def _be_rank(rank, n, port, cwd, argv, hook, env):
+    os.environ.update(env, RANK=str(rank), WORLD_SIZE=str(n), LOCAL_RANK=str(rank), MASTER_ADDR='127.0.0.1',
+                      MASTER_PORT=str(port))
+    os.chdir(cwd)
+    for fd, name in ((1, 'out'), (2, 'err')):
+        os.dup2(os.open(f'rank{rank}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
+    torch.set_num_threads(1)
+    sys.argv = [str(a) for a in argv]
+    exec(hook, {'rank': rank})
+    runpy.run_path(str(REPO / argv[0]), run_name='__main__')
+
+
+def free_port():
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
+class Ranks:
+    """A script running as n ranks on this machine. `hook` is code that each runs first, with `rank` in its scope."""
+
+    def __init__(self, n, *argv, cwd, hook='', env=None):
+        self.cwd, port = Path(cwd), free_port()
+        self.all = [_ranks.Process(target=_be_rank, args=(r, n, port, cwd, argv, hook, env or {})) for r in range(n)]
+        for process in self.all:
+            process.start()
+
+    def wait(self, seconds=120):
+        """Return [(exit status, stdout, stderr) of each rank]; a rank still running after `seconds` has status None."""
+        until = time.monotonic() + seconds
+        for process in self.all:
+            process.join(max(0.0, until - time.monotonic()))
+        codes = [process.exitcode for process in self.all]
+        for process in self.all:
+            process.kill()
+            process.join()
+        return [(code, *((self.cwd / f'rank{r}.{name}').read_text(encoding='utf-8') for name in ('out', 'err')))
+                for r, code in enumerate(codes)]

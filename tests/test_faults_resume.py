@@ -4,7 +4,7 @@ import json
 import pytest
 import torch
 from conftest import TINY, write_dataset
-from kit import differences, load
+from kit import differences, load, trained_part
 
 from lib import checkpoint, dataset
 from model import GPT, GPTConfig
@@ -21,11 +21,6 @@ def halves(run, out_dir, at, *flags, spoil=lambda state: None):
     done = run('train.py', *HARD, *flags, f'--out_dir={out_dir}', '--init_from=resume')
     assert done.status == 0, done.err
     return load(f'{out_dir}/last.pt')
-
-
-def trained_part(state):
-    """Return what must be equal in two runs; the rest tells of time and of evaluations."""
-    return {key: state[key] for key in ('model', 'optimizer', 'iter_num', 'rng', 'tokens_seen', 'scaler', 'data')}
 
 
 @pytest.mark.parametrize('flags', [[], ['--optimizer=muon'], ['--data_order=random'], ['--lr_schedule=wsd']])
