@@ -17,6 +17,7 @@ import os
 import pickle
 import random
 import runpy
+import shlex
 import shutil
 import statistics
 import sys
@@ -35,6 +36,7 @@ seconds = 10.0  # of updates in a turn, beyond the first two
 json = ''  # file to which the rows are added, or whose rows they replace; '' none
 label = ''  # behind the names of the rows there, for the same row on another model or machine
 device = 'cpu'  # cpu | cuda
+more = ''  # further arguments of our commands, in one word, e.g. --more=--dtype=float32
 out_dir = 'out'  # row slide: folder of the training run whose model slides
 profile = False  # of the training rows, the operations and a trace instead of the time
 
@@ -49,7 +51,7 @@ LONG = {**GPT2, 'block_size': 1024, 'batch_size': 16}  # 124M as it is trained o
 def program(side, script, *flags):
     """Return the command that runs a script of ours or of nanoGPT's on the device."""
     if side != 'nanoGPT':
-        return [sys.executable, REPO / script, *flags, f'--device={device}']
+        return [sys.executable, REPO / script, *flags, f'--device={device}', *more.split()]
     fits = ['--dtype=float32', '--compile=False'] if device == 'cpu' else ['--dtype=bfloat16']
     return [sys.executable, HOME / vs / script, *flags, f'--device={device}', *fits]
 
@@ -99,9 +101,9 @@ def training_flags(size):
     return [f'--{name}={value}' for name, value in flags.items()]
 
 
-def training(size, side, *more):
+def training(size, side, *first):
     """Run train.py until updates took `seconds`."""
-    found, _, peak = watch(program(side, 'train.py', *more, *training_flags(size)),
+    found, _, peak = watch(program(side, 'train.py', *first, *training_flags(size)),
                            r'^iter \d+: .* time ([\d.]+)ms(?:, mfu ([\d.]+)%)?',
                            lambda found: len(found) > 3 and found[-1][0] - found[1][0] >= seconds)
     shutil.rmtree('trained')
@@ -124,8 +126,8 @@ def training_recipe(side):
 
 def finetuning(side):
     """All of GPT-2 124M, or so that it takes less memory."""
-    more = {'LoRA of rank 8': ['--lora_rank=8'], 'recomputing activations': ['--checkpoint_activations']}
-    found = training(GPT2, side, f'--init_from={gpt2_folder()}', '--bias=True', *more.get(side, []))
+    how = {'LoRA of rank 8': ['--lora_rank=8'], 'recomputing activations': ['--checkpoint_activations']}
+    found = training(GPT2, side, f'--init_from={gpt2_folder()}', '--bias=True', *how.get(side, []))
     del found['MFU, %']  # counts the gradients of all weights
     return found
 
@@ -270,7 +272,7 @@ def measure(name):
         for side in sides:
             found[side].append(function(side))
             print(f'{name}, turn {turn + 1}, {side}: {found[side][-1]}', file=sys.stderr, flush=True)
-    return {'what': what + label.replace('-', ' '), 'command': ' '.join(['python bench.py', *sys.argv[1:]]),
+    return {'what': what + label.replace('-', ' '), 'command': shlex.join(['python', 'bench.py', *sys.argv[1:]]),
             'sides': {side: {unit: summary([turn[unit] for turn in each]) for unit in each[0]}
                       for side, each in found.items()}}
 
@@ -292,7 +294,7 @@ def main():
                 size = ROWS[name][1].args[0] if name != 'train_recipe' else recipe_size()
                 config = ['config/train_shakespeare_char.py'] * (name == 'train_recipe')
                 trace = HOME / f'trace-{name}.json'
-                argv = [*config, *training_flags(size), '--max_iters=20', f'--device={device}']
+                argv = [*config, *training_flags(size), '--max_iters=20', f'--device={device}', *more.split()]
                 print(inside('profile', argv, str(trace))['table'])
                 print(f'{name}: the trace is in {trace}; open it at https://ui.perfetto.dev')
                 continue
