@@ -24,6 +24,7 @@ class LoRALinear(Linear):
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # so it begins as the base does
 
     def forward(self, x):
+        x = x.to(self.compute_dtype or self.weight.dtype)
         low = F.linear(x, self.lora_a.to(x.dtype)) * self.scale  # (B, T, r)
         return super().forward(x) + F.linear(low, self.lora_b.to(x.dtype))
 

@@ -74,7 +74,7 @@ def scores(task, items, scored):
 
 def detokenize(words):
     """Return a text that was split into words and punctuation marks as it is usually written; others pass unchanged."""
-    if ' .' not in words and '``' not in words and ' ,' not in words:
+    if not re.search(r"``| n't\b| ,| \.(?!\.)", words):
         return words
     words = re.sub(r"`` ?| ?''", '"', words)
     words = re.sub(r" (n't|'(?:s|m|d|ll|re|ve)\b|[.,;:!?%)\]])", r'\1', words)
