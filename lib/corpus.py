@@ -177,6 +177,12 @@ class _SplitFile:
                 'sha256': self.hash.hexdigest()}
 
 
+def digest(meta):
+    """Return the sha256 of what meta.json holds besides this very number, which tells whether it was damaged."""
+    rest = {key: value for key, value in meta.items() if key != 'sha256'}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
 def write(folder, coder, results):
     """Write `results` (see `_work`) to `folder` as train.bin, val.bin and meta.json; all of it or nothing.
 
@@ -198,6 +204,7 @@ def write(folder, coder, results):
                 raise UserError(f'the {split} split is empty: {n_chars:,} characters are too few to divide; '
                                 'give more text, or change --val_fraction')
             assert facts['max_id'] < coder.vocab_size, (facts, coder.vocab_size)
+        meta['sha256'] = digest(meta)
         with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
             json.dump(meta, file)
             file.flush()

@@ -13,6 +13,7 @@ import torch
 
 from configurator import REPO, UserError
 from lib import tokenizer
+from lib.corpus import digest
 
 IN_MEMORY = 256 * 2**20  # bytes; a smaller file is read whole and its sha256 checked, a larger one is mapped
 LLM_C_MAGIC = 20240520
@@ -74,6 +75,8 @@ def _meta(path):
         size = tokenizer.from_spec(meta['tokenizer']).vocab_size
         if meta['vocab_size'] != size:
             raise ValueError(f'vocab_size is {meta["vocab_size"]!r}, its tokenizer has {size}')
+        if meta.get('sha256', digest(meta)) != digest(meta):
+            raise ValueError('it is not what prepare.py wrote: its sha256 differs')
         return meta
     except FileNotFoundError:
         return None

@@ -257,7 +257,9 @@ def from_nanogpt_meta(folder):
         try:
             itos = _PlainUnpickler(file).load()['itos']
             chars = ''.join(itos[i] for i in range(len(itos)))
-        except (pickle.UnpicklingError, EOFError, KeyError, TypeError, IndexError) as error:
+        except TextError:
+            raise
+        except Exception as error:  # a damaged pickle fails in a dozen ways
             raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
     if len(chars) != len(itos):
         raise TextError(f'{path} holds tokens of several characters; only one character per id is supported')

@@ -28,7 +28,8 @@ def trained_part(state):
 def differences(a, b, where=''):
     """Return where two nested states differ, a path each; tensors are compared bit for bit."""
     if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+        same = a.dtype == b.dtype and a.shape == b.shape and torch.equal(  # as bytes, where NaN equals NaN
+            *(t.contiguous().reshape(-1).view(torch.uint8) for t in (a, b)))
         return [] if same else [where]
     if isinstance(a, dict) and isinstance(b, dict) and a.keys() == b.keys():
         return [found for key in a for found in differences(a[key], b[key], f'{where}/{key}')]

@@ -100,3 +100,8 @@ def test_every_torch_load_is_safe_by_its_own_argument():  # fault 55
     for path in (*REPO.glob('*.py'), *REPO.glob('lib/*.py')):
         for call in re.findall(r'torch\.load\([^\n]*', path.read_text(encoding='utf-8')):
             assert 'weights_only=True' in call, (path, call)
+
+
+def test_readme_says_that_config_files_are_code():  # fault 59
+    text = ' '.join((REPO / 'README.md').read_text(encoding='utf-8').lower().split())
+    assert 'config files are python and are executed' in text
