@@ -10,6 +10,7 @@ options pos, norm, qk_norm, tie_weights, softcap and most of mlp have no place i
 import json
 import math
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -111,8 +112,9 @@ def main(argv=None):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'config.json').unlink(missing_ok=True)  # written last: a folder without it is not whole
         save_file(hf_tensors(model), folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
         (folder / 'tokenizer_spec.json').write_text(json.dumps(tok.spec), encoding='utf-8')
+        shutil.copymode(folder / 'tokenizer_spec.json', folder / 'model.safetensors.tmp')  # it was its writer's alone
+        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
         try:
             write_tokenizer(tok, folder)
         except (UserError, ImportError) as error:  # the model is of use without them

@@ -488,8 +488,11 @@ def read_safetensors(path):
     from safetensors import SafetensorError, safe_open
     try:
         with safe_open(path, framework='pt') as file:
-            for name in file.keys():
-                yield name, file.get_tensor(name)
+            names = list(file.keys())
+        for name in names:
+            with safe_open(path, framework='pt') as file:  # anew each time, so that what was read leaves memory
+                tensor = file.get_tensor(name)
+            yield name, tensor
     except (SafetensorError, OSError) as error:
         size = Path(path).stat().st_size
         try:  # eight bytes give the length of a JSON header, which gives each tensor's place behind it

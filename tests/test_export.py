@@ -80,6 +80,12 @@ def test_weights_that_are_not_finite_are_not_exported(run, exported):
     assert done.status == 1 and done.last_error.endswith('the weights of out are not finite')
 
 
+def test_whoever_may_read_the_folder_may_read_the_weights(exported, tmp_path):
+    exported()
+    folder = tmp_path / 'out' / 'hf'
+    assert (folder / 'model.safetensors').stat().st_mode == (folder / 'config.json').stat().st_mode
+
+
 def test_without_a_checkpoint_it_says_so(run, workdir):
     done = run('export.py', '--out_dir=nowhere')
     assert done.status == 1 and 'ckpt.pt not found' in done.last_error
@@ -111,6 +117,10 @@ def test_characters_keep_their_ids_in_transformers(tmp_path):
 @pytest.mark.slow
 def test_gpt2s_own_tokenizer_keeps_its_ids_in_transformers(tmp_path):
     tok = tokenizer.gpt2()
+    try:
+        tok.encode('')
+    except tokenizer.UserError as error:
+        pytest.skip(error.message)
     export.write_tokenizer(tok, tmp_path)
     (tmp_path / 'config.json').write_text('{"model_type": "gpt2"}', encoding='utf-8')
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)

@@ -3,6 +3,8 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -107,6 +109,33 @@ def test_the_model_outlives_its_files(copy):
 def test_no_file_of_the_program_imports_transformers():
     for path in {*REPO.glob('*.py'), *REPO.glob('lib/*.py')} - {REPO / 'lib/timed.py'}:  # which times it
         assert not re.search(r'^\s*(import|from) transformers', path.read_text(encoding='utf-8'), re.M), path
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='Linux tells how much memory is anonymous')
+def test_loading_takes_little_more_memory_than_the_model(tmp_path):
+    make_hf(tmp_path, n_layer=4, n_embd=1024, n_head=8, n_positions=64, vocab_size=20_000)
+    code = """
+import sys, threading, time
+sys.path.insert(0, sys.argv[1])
+from lib import models
+def anonymous():
+    return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')) * 1024
+def watch():
+    while not done.wait(0.001):
+        seen.append(anonymous())
+import safetensors, torch
+torch.ones(64, 64) @ torch.ones(64, 64)
+seen, done = [anonymous()], threading.Event()
+thread = threading.Thread(target=watch)
+thread.start()
+model = models.pretrained(sys.argv[2])
+done.set()
+thread.join()
+print((max(seen) - seen[0]) / sum(p.numel() * 4 for p in model.parameters()))
+"""
+    done = subprocess.run([sys.executable, '-c', code, REPO, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 0 and float(done.stdout) < 1.2, done
 
 
 # what cannot be loaded
