@@ -203,7 +203,8 @@ def changes(state, s, data):
              if s.origins[name].endswith('.pt')]
     apart = {*ARCHITECTURE, 'init_from', 'out_dir', 'device', 'eval_only'}
     lines += [f'{name}: checkpoint {old}, now {s[name]}' for name, old in state.get('config', {}).items()
-              if name in s and name not in apart and s[name] != old]
+              if name in s and name not in apart and s[name] != old
+              and not (name in ('dtype', 'compile') and not s.given(name))]
     if 'data' in state and state['data'] != data.fingerprint():
         lines.append(f'dataset {data.name} is not the data of the checkpoint: {state["data"]["name"]} of '
                      f'{state["data"]["train"][0]:,} tokens, now {len(data.train):,}')

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, write_dataset
-from kit import load
+from kit import differences, load
 
 import model as model_file
-from lib import checkpoint
+from lib import checkpoint, runtime
 from lib.optim import make_optimizer
 
 
@@ -48,6 +48,26 @@ def test_nan_between_logged_updates_stops_at_its_own_update(run, workdir, nan_at
     done = run('train.py', *TINY, '--log_interval=10')
     assert done.status == 1 and 'the loss is nan' in done.last_error and ' at iter 3;' in done.last_error
     assert load('out/last.pt')['iter_num'] == 0
+
+
+def test_where_the_host_learns_of_it_late_the_weights_have_stayed_as_they_were(run, workdir, nan_at, monkeypatch):
+    class OneCallLate:  # as on CUDA
+        calls, seen = 1, [0.0, 0.0, 0.0]
+
+        def __call__(self, tensor):
+            late, self.seen = self.seen, tensor.tolist()
+            return late
+    monkeypatch.setattr(runtime, 'Late', lambda rt: OneCallLate())
+    nan_at(3)
+    poisoned, weights = model_file.GPT.forward, []
+
+    def forward(self, *args):
+        weights.extend([self.lm_head.weight.detach().clone()] if self.training else [])
+        return poisoned(self, *args)
+    monkeypatch.setattr(model_file.GPT, 'forward', forward)
+    done = run('train.py', *TINY, '--eval_interval=100')
+    assert done.status == 1 and 'the loss is nan' in done.last_error and ' at iter 3;' in done.last_error
+    assert len(weights) == 5 and torch.equal(weights[3], weights[4]) and not torch.equal(weights[2], weights[3])
 
 
 def test_float16_skips_updates_that_overflow_and_stops_after_twenty(run, workdir, nan_at, monkeypatch):  # fault 38
@@ -113,7 +133,10 @@ def test_a_spike_is_skipped_and_logged_only_where_asked_for(run, workdir, skip):
     done = run('train.py', *TINY, '--max_iters=300', '--eval_interval=300', '--learning_rate=1e-2', '--batch_size=2',
                '--grad_clip=0', f'--spike_skip={skip}', '--log_interval=50')
     assert done.status == 0, done.err
+    run('train.py', *TINY, '--max_iters=300', '--eval_interval=300', '--learning_rate=1e-2', '--batch_size=2',
+        '--grad_clip=0', '--log_interval=50', '--out_dir=plain')
+    same = not differences(load('plain/last.pt')['model'], load('out/last.pt')['model'])
     told = [line for line in done.err.splitlines() if 'update skipped' in line]
     records = [json.loads(line) for line in (workdir / 'out' / 'log.jsonl').read_text(encoding='utf-8').splitlines()]
-    assert bool(told) == bool(skip) == any('skipped' in r for r in records)
+    assert bool(told) == bool(skip) == any('skipped' in r for r in records) == (not same)
     assert all('grad norm' in line and 'z=' in line for line in told)
