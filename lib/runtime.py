@@ -180,7 +180,7 @@ def rank_and_world():
 
 @contextlib.contextmanager
 def one_of_many():
-    """Name the rank in whatever ends this process, where it is one of several,.
+    """Tell in a line of memory that does not suffice, and name the rank that ended, where it is one of several.
 
     When the ranks lose each other, those left tell which of them are silent: killed, stuck, or out of reach.
     """
@@ -190,6 +190,10 @@ def one_of_many():
     except UserError as error:
         raise UserError(f'rank {rank}: {error.message}' if world_size > 1 else error.message) from error
     except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            raise UserError(f'out of memory ({str(error).strip().splitlines()[0][:200]}). A smaller --batch_size, with '
+                            '--total_batch_tokens to keep the tokens of an update, --checkpoint_activations, or '
+                            '--parallel=fsdp with several GPUs take less') from error
         if not lost_contact(error):
             raise
         silent = ', '.join(map(str, silent_ranks(rank, world_size))) or 'none'
