@@ -388,16 +388,26 @@ class GPT(nn.Module):
         return [group for group in groups if group['params']]
 
     @classmethod
+    def empty(cls, config, dtype=torch.float32):
+        """Return a GPT with weights of `dtype` that are undefined, for a caller who fills them all."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            return cls(config, init=False)
+        finally:
+            torch.set_default_dtype(before)
+
+    @classmethod
     @torch.no_grad()
-    def from_pretrained(cls, source, dropout=0.0, block_size=0):
+    def from_pretrained(cls, source, dropout=0.0, block_size=0, dtype=torch.float32):
         """Return the GPT-2 of `source`, on the CPU: one of GPT2_SIZES, or a folder in Hugging Face's GPT-2 layout.
 
-        block_size: the context to crop it to; 0 keeps all. The files are mapped and copied one tensor at a time, so
-        memory holds the model once. ValueError says which file or tensor is missing or wrong.
+        block_size: the context to crop it to; 0 keeps all. dtype: of the weights. The files are mapped and copied one
+        tensor at a time, so memory holds the model once. ValueError says which file or tensor is missing or wrong.
         """
         config = gpt2_config(source)
         config.dropout = dropout
-        model = cls(config, init=False)
+        model = cls.empty(config, dtype)
         left = dict(model.named_parameters())
         for path in gpt2_files(source):
             for name, tensor in read_safetensors(path):
@@ -407,6 +417,7 @@ class GPT(nn.Module):
                 target = left.pop(f'transformer.{stem}.{leaf}', None)
                 if target is None:
                     raise ValueError(f'{path}: unexpected tensor {name}; is config.json its own?')
+                tensor = tensor.to(dtype)  # before it is turned: torch turns quickly where the dtypes agree
                 if stem.startswith('h.') and leaf == 'weight':
                     tensor = tensor.t()  # Conv1D keeps (in, out), Linear (out, in); a vector stays
                 if target.shape != tensor.shape:

@@ -83,7 +83,7 @@ def encode_start(text, tok):
 
 def load(rt):
     """Return (model, tokenizer) as the settings ask for, on the device and in its dtype; UserError if unusable."""
-    model, tok, state = models.open_model(init_from, out_dir)
+    model, tok, state = models.open_model(init_from, out_dir, rt.dtype)
     if models.has_nan(model):
         raise UserError(f'checkpoint contains NaN (iter {state.get("iter_num", "unknown")}); use another or train '
                         'again with a lower learning_rate')

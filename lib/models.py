@@ -9,14 +9,14 @@ from lib import checkpoint, dataset, lora, tokenizer
 from model import GPT, GPT2_SIZES, GPTConfig, gpt2_config
 
 
-def build(state, path, **overrides):
-    """Return the GPT of a checkpoint, in eval mode on the CPU; `overrides` replace model_args (dropout, say).
+def build(state, path, dtype=torch.float32, **overrides):
+    """Return the GPT of a checkpoint, in eval mode on the CPU, with weights of `dtype`.
 
-    Raises UserError naming what does not fit.
+    overrides: replace model_args (dropout, say). Raises UserError naming what does not fit.
     """
     try:
         config = GPTConfig(**{**state['model_args'], **overrides})
-        model = GPT(config, init=False)
+        model = GPT.empty(config, dtype)
         if rank := lora.rank_of(state['model']):
             lora.adapt(model, rank)
     except (TypeError, ValueError) as error:
@@ -38,11 +38,12 @@ def problems(want, have):
     return ''
 
 
-def open_model(init_from, out_dir, **overrides):
+def open_model(init_from, out_dir, dtype=torch.float32):
     """Return (model in eval mode on the CPU, tokenizer, checkpoint) for any of sample.py's init_from.
 
     init_from: 'resume' reads out_dir/ckpt.pt; gpt2* and folders are read by GPT.from_pretrained, and the checkpoint
-    returned is then empty. UserError where there is no such model.
+    returned is then empty. dtype: of the weights, which need only be converted as they come. UserError where there
+    is no such model.
     """
     if init_from == 'resume':
         path = Path(out_dir) / 'ckpt.pt'
@@ -53,9 +54,9 @@ def open_model(init_from, out_dir, **overrides):
             spec = state['tokenizer']
         else:  # nanoGPT's: the tokenizer is known by the dataset's folder alone
             spec = dataset.tokenizer_spec(dataset.folder(state.get('config', {}).get('dataset', '')))
-        return build(state, path, **overrides), tokenizer.from_spec(spec), state
+        return build(state, path, dtype), tokenizer.from_spec(spec), state
     if init_from in GPT2_SIZES or find_path(init_from).is_dir():
-        return pretrained(init_from, **overrides), tokenizer.from_spec(pretrained_tokenizer(init_from)), {}
+        return pretrained(init_from, dtype=dtype), tokenizer.from_spec(pretrained_tokenizer(init_from)), {}
     raise UserError(f'init_from={init_from!r}: expected resume, {", ".join(GPT2_SIZES)}, or a folder with '
                     'config.json and model.safetensors')
 
@@ -67,7 +68,7 @@ def _source(name):
 def pretrained(name, **overrides):
     """Return GPT-2 `name`, or the model in folder `name`, in eval mode on the CPU; UserError says what is wrong.
 
-    overrides: dropout, block_size; see GPT.from_pretrained.
+    overrides: dropout, block_size, dtype; see GPT.from_pretrained.
     """
     try:
         return GPT.from_pretrained(_source(name), **overrides).eval()
@@ -110,4 +111,5 @@ def pretrained_tokenizer(name):
 def has_nan(model):
     """True where a parameter is not a number or infinite."""
     mine = (p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters())  # under FSDP this rank's share
-    return any(not torch.isfinite(p.detach().sum()) for p in mine)  # a sum needs no memory
+    wide = {torch.float16: torch.float32}  # whose sum may pass its largest number
+    return any(not torch.isfinite(p.detach().sum(dtype=wide.get(p.dtype))) for p in mine)  # a sum needs no memory

@@ -11,8 +11,9 @@ import pytest
 import torch
 from conftest import REPO, write_dataset
 
+from lib import models
 from lib.generate import generate
-from model import GPT, gpt2_files
+from model import GPT, GPTConfig, gpt2_files
 
 transformers = pytest.importorskip('transformers')
 huggingface_hub = pytest.importorskip('huggingface_hub')
@@ -94,6 +95,21 @@ def test_dropout_is_as_asked_whatever_the_file_says(hf):
     assert GPT.from_pretrained(hf[0]).config.dropout == 0.0
     model = GPT.from_pretrained(hf[0], dropout=0.3)
     assert model.config.dropout == model.transformer.drop.p == model.transformer.h[0].attn.dropout == 0.3
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_weights_may_be_converted_as_they_are_read(hf, dtype):
+    model, exact = GPT.from_pretrained(hf[0], dtype=dtype), GPT.from_pretrained(hf[0])
+    assert all(torch.equal(p, q.to(dtype)) for p, q in zip(model.parameters(), exact.parameters()))
+    assert torch.get_default_dtype() == torch.float32
+
+
+def test_half_precision_weights_with_a_large_sum_are_finite():
+    model = GPT(GPTConfig(block_size=8, vocab_size=2000, n_layer=1, n_head=1, n_embd=64)).half()
+    torch.nn.init.ones_(model.transformer.wte.weight)  # they add up to 128,000, above float16's 65,504
+    assert not models.has_nan(model)
+    model.transformer.ln_f.weight.data[0] = torch.inf
+    assert models.has_nan(model)
 
 
 def test_the_model_outlives_its_files(copy):
