@@ -111,10 +111,13 @@ class Ranks:
         for process in self.all:
             process.start()
 
-    def wait(self, seconds=120):
-        """Return [(exit status, stdout, stderr) of each rank]; a rank still running after `seconds` has status None."""
+    def wait(self, seconds=300, ranks=None):
+        """Return [(exit status, stdout, stderr) of each rank], None for one that has not ended by then.
+
+        ranks: how many to wait for, the first ones.
+        """
         until = time.monotonic() + seconds
-        for process in self.all:
+        for process in self.all[:ranks]:
             process.join(max(0.0, until - time.monotonic()))
         codes = [process.exitcode for process in self.all]
         for process in self.all:

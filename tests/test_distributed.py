@@ -8,7 +8,7 @@ from conftest import TINY
 from kit import Ranks, differences, load, trained_part
 
 FLAGS = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=10', '--eval_interval=5', '--lr_decay_iters=20',
-         '--dist_timeout=30', '--eval_iters=3']
+         '--dist_timeout=200', '--eval_iters=3']
 BOTH = pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 
 # Hooks: code that a rank runs before the script
@@ -44,9 +44,9 @@ def at_batch(n, rank, do):
     return AT_BATCH.format(n=n, rank=rank, do=do)
 
 
-def two(workdir, *flags, seconds=120, **options):
+def two(workdir, *flags, wait_for=2, **options):
     """Run train.py as two ranks; returns [(status, out, err), ...]."""
-    return Ranks(2, 'train.py', *FLAGS, *flags, cwd=workdir, **options).wait(seconds)
+    return Ranks(2, 'train.py', *FLAGS, *flags, cwd=workdir, **options).wait(ranks=wait_for)
 
 
 def ended_well(outcomes):
@@ -158,7 +158,7 @@ def test_a_signal_to_one_rank_stops_both_at_one_step_with_one_save(workdir):  # 
 def test_a_killed_rank_ends_the_others_within_seconds(workdir):  # fault 49
     began = time.monotonic()
     outcomes = two(workdir, hook=at_batch(5, 1, 'os.kill(os.getpid(), signal.SIGKILL)'))
-    assert outcomes[0][0] == 1 and time.monotonic() - began < 25  # the time-out is 30 s
+    assert outcomes[0][0] == 1 and time.monotonic() - began < 150  # the time-out is 200 s
     assert 'rank 0: the ranks lost each other' in outcomes[0][2] and 'silent: 1.' in outcomes[0][2]
 
 
@@ -169,7 +169,7 @@ def test_a_rank_that_raises_is_named_and_ends_the_others(workdir):  # fault 49
 
 
 def test_a_stopped_rank_ends_the_others_at_the_time_out(workdir):  # fault 50
-    outcomes = two(workdir, '--dist_timeout=3', seconds=14, hook=at_batch(5, 1, 'os.kill(os.getpid(), signal.SIGSTOP)'))
+    outcomes = two(workdir, '--dist_timeout=8', wait_for=1, hook=at_batch(5, 1, 'os.kill(os.getpid(), signal.SIGSTOP)'))
     assert outcomes[0][0] == 1 and 'silent: 1.' in outcomes[0][2] and 'Traceback' not in outcomes[0][2]
 
 
