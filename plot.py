@@ -22,7 +22,7 @@ axis = 'iterations'  # iterations | tokens | minutes
 output = ''  # the PNG file; '' is loss.png in the run's folder, or compare.png here for several runs
 
 AXES = {'iterations': ('iter', 'step'), 'tokens': ('tokens', 'tokens'), 'minutes': ('minutes', 'minutes')}
-BARS = '▁▂▃▄▅▆▇█'
+_BARS = '▁▂▃▄▅▆▇█'
 COLORS = ('#1f6fb4', '#d95f02', '#1b9e77', '#c2338b', '#7a5cc4', '#8c6d1f', '#4d4d4d')
 
 Run = namedtuple('Run', 'name updates evals')  # the folder's name, and log.jsonl's two kinds of records
@@ -84,7 +84,7 @@ def sparkline(values, width):
     cuts = [len(values) * i // n for i in range(n + 1)]
     means = [sum(values[a:b]) / (b - a) for a, b in zip(cuts, cuts[1:])]
     low, span = min(means), (max(means) - min(means)) or 1
-    return ''.join(BARS[round((value - low) / span * (len(BARS) - 1))] for value in means)
+    return ''.join(_BARS[round((value - low) / span * (len(_BARS) - 1))] for value in means)
 
 
 def summary(run, width=80):

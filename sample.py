@@ -114,6 +114,8 @@ def main(argv=None):
     rt = runtime.start(settings)
     model, tok = load(rt)
     prompt = read_start()
+    if not settings.given('start') and tok.kind == 'char' and prompt not in tok.chars:
+        prompt = ''  # a text of one line has no newline to begin with
     live = stream if settings.given('stream') else sys.stdout.isatty()
     show(complete(model, tok, encode_start(prompt, tok), num_samples, max_new_tokens, stop=typed(stop), live=live,
                   seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,

@@ -177,15 +177,13 @@ def main():
     opened = {}  # what preflight reads on its way: the dataset, and the checkpoint to resume
     settings = configure(globals(), early={'device': runtime.pick_device}, check=lambda s: preflight.check(s, opened))
     data, resumed = opened['data'], opened['resume']
-    rt = runtime.start(settings)
+    rt = runtime.start(settings, compile_pays=True)
     say = report.say if rt.master else lambda line: None
     warn = report.warn if rt.master else lambda line: None
     rt.same('the dataset', data.fingerprint())
     rt.same(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1].get('iter_num')))
     writes = rt.master and not eval_only
     lock = checkpoint.claim(out_dir) if writes else None
-    if writes and not resumed and (old := checkpoint.put_aside(out_dir)):
-        say(f'{out_dir} held an earlier run; its files are now in {old}')
     if init_from == 'auto' and not resumed:
         say(f'no checkpoint in {out_dir}/: starting from scratch')
 
@@ -215,6 +213,9 @@ def main():
     say(f'number of parameters: {model.num_params() / 1e6:.2f}M')
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # the schedule's axis: the clock, or updates
     say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock else max_iters))
+
+    if writes and not resumed and (old := checkpoint.put_aside(out_dir)):  # now that there is a model to go there
+        say(f'{out_dir} held an earlier run; its files are now in {old}')
 
     # where training stands; a checkpoint holds all of it
     iter_num, tokens_seen, minutes_before, best_val_loss, history, wandb_id = 0, 0, 0.0, math.inf, [], ''
@@ -248,6 +249,7 @@ def main():
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(state.get('rng')):
         warn(f'{path} has no random state for this many processes on this device: resuming is not exact')
+    untrained = not resumed and init_from in ('scratch', 'auto')
     resumed = state = None  # frees the checkpoint's tensors
     saved_iter, n_spikes = iter_num, 0
     log = f'{out_dir}/log.jsonl'
@@ -340,7 +342,9 @@ def main():
             if last:
                 break
             if level:
-                save(also_ckpt=always_save_checkpoint or len(history) < 2, must=level > 1)
+                if untrained and len(history) < 2:  # of ckpt.pt, which nobody wants then
+                    best_val_loss = math.inf
+                save(also_ckpt=always_save_checkpoint or best_val_loss == math.inf, must=level > 1)
                 name = signals.name(level)
                 say(f'{name}: saved iter {iter_num} to {out_dir}')
                 if level > 1:
@@ -369,12 +373,13 @@ def main():
                 scaler.scale(loss).backward()
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)
-            grad_norm = runtime.whole(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+            grad_norm = runtime.gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
             z, norms = z_score(grad_norm, norms) if spike_skip else (torch.zeros_like(grad_norm), norms)
             if not scaler.is_enabled():  # else the scaler does the same
                 unfit = ~torch.isfinite(loss_sum + grad_norm) | (z > spike_skip)
                 opt.found_inf = unfit.float()  # the update reads it on the device
-            scaler.step(opt)
+            if rt.device.type != 'mps' or not unfit:  # Metal's update does not read it
+                scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
 
@@ -396,7 +401,7 @@ def main():
                 loss = rt.total(float(loss_sum))[0] / rt.world_size
                 record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
                           'tok_s': tokens_per_iter / dt, 'tokens': tokens_seen + tokens_per_iter, 'minutes': clock(),
-                          'mfu': model.mfu(tokens_per_iter / dt / rt.world_size, peak_flops)}
+                          'mfu': None if lora_rank else model.mfu(tokens_per_iter / dt / rt.world_size, peak_flops)}
                 say(report.iter_line(record, dt, left))
                 if rt.master:
                     report.append_log(log, record)

@@ -47,7 +47,7 @@ def draw(logits, generator):
 
 
 def pick(logits, seen=None, generator=None, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """Return the next ids (B,) by logits (B, V), -1 in a row that holds a NaN.
+    """Return the next ids (B,) by logits (B, V), -1 in a row that holds a NaN or overflowed.
 
     seen: (B, V) bool, the tokens so far, which only the penalty needs. temperature 0 is greedy; top_k 0, top_p 1
     and repetition_penalty 1 are off.
@@ -60,7 +60,7 @@ def pick(logits, seen=None, generator=None, *, temperature=1.0, top_k=0, top_p=1
         ids = draw(logits, generator)
         if candidates is not None:
             ids = candidates.gather(1, ids[:, None])[:, 0]
-    return ids.masked_fill(best.isnan(), -1)
+    return ids.masked_fill(~best.isfinite(), -1)
 
 
 def _read_once(model, prompt, num_samples, dtype):
@@ -148,6 +148,6 @@ def complete(model, tok, prompt, num_samples, max_new_tokens, *, stop='', live=F
             if tail.done:
                 continue
             if -1 in ids:
-                raise UserError(f'the model computes NaN in {model.dtype} on {model.lm_head.weight.device}; try '
-                                '--dtype=float32 or --device=cpu')
+                raise UserError(f'the model computes NaN or infinity in {model.dtype} on '
+                                f'{model.lm_head.weight.device}; try --dtype=float32 or --device=cpu')
             yield i, tail.feed(ids, last=left == 0), tail.done

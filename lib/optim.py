@@ -2,7 +2,7 @@
 import torch
 
 from configurator import UserError
-from lib.runtime import share_like
+from lib.runtime import fast_bf16, share_like
 
 
 class MuonAdamW(torch.optim.AdamW):
@@ -56,7 +56,7 @@ def orthogonalize(g, steps=5):
     The quintic's coefficients are Jordan's: steep at zero, singular values end between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16()
+    x = g.bfloat16() if fast_bf16(g.device) else g.float()
     if tall := g.size(-2) > g.size(-1):
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

@@ -1,5 +1,8 @@
 """All that can be known to be wrong before a model is built, found first and told together."""
+import math
 import os
+
+import torch
 
 from configurator import UserError, find_path
 from lib import checkpoint, dataset, lora, models, runtime
@@ -30,9 +33,9 @@ CONFLICTS = (
      'eval_only needs a model: --init_from=resume or gpt2*'),
     (lambda s: s['parallel'] == 'fsdp' and s['optimizer'] == 'muon',
      'optimizer=muon needs whole matrices, which parallel=fsdp shares out; use adamw, or ddp'),
-    (lambda s: s['parallel'] == 'fsdp' and s['dtype'] == 'float16',
+    (lambda s: s['parallel'] == 'fsdp' and _dtype(s) == 'float16',
      'parallel=fsdp supports bfloat16 and float32, not float16'),
-    (lambda s: s['spike_skip'] and s['dtype'] == 'float16',
+    (lambda s: s['spike_skip'] and _dtype(s) == 'float16',
      'spike_skip cannot be used with float16, whose gradient scaler decides by itself; use bfloat16 or float32'),
     (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
      'lora_rank adapts a trained model: --init_from=gpt2* or a folder; to continue a run --init_from=resume'),
@@ -44,6 +47,11 @@ CONFLICTS = (
 )
 
 
+def _dtype(s):
+    """Return the name of the dtype that training will use; the device is known to be there."""
+    return s['dtype'] if s.given('dtype') else runtime.pick_dtype(torch.device(s['device']))[0]
+
+
 def values(s):
     """Return what is wrong with the values of the Settings `s` by themselves, a line each."""
     found = [f'{name} must be at least {least}, got {s[name]}'
@@ -52,6 +60,10 @@ def values(s):
               for name, choices in SETTING_CHOICES.items() if s[name] not in choices]
     found += [f'{name} must be at least 0 and below 1, got {s[name]}'
               for name in ('beta1', 'beta2') if not 0 <= s[name] < 1]
+    found += [f'{name} must be a finite number, got {value}' for name, value in s.items()
+              if isinstance(value, float) and not math.isfinite(value) and name not in ('grad_clip', 'spike_skip')]
+    if s['seed'] >= 2**63:
+        found.append(f'seed must be below 2**63, got {s["seed"]}')
     if not 0 < s['cooldown_frac'] <= 1:
         found.append(f'cooldown_frac must be above 0 and at most 1, got {s["cooldown_frac"]}')
     config = GPTConfig(vocab_size=1, dropout=s['dropout'], **{name: s[name] for name in ARCHITECTURE})
@@ -147,6 +159,9 @@ def _check(s, opened):
             if opened['resume']:
                 path, state = opened['resume']
                 found += adopt(s, state, path) + _adopt_lora(s, state, path)
+            elif s['lora_rank'] > 0:
+                found.append('lora_rank adapts a trained model, and there is no checkpoint to go on from; '
+                             'say --init_from=gpt2* or a folder')
             elif s['init_from'] == 'resume':
                 found.append(f'no checkpoint in {s["out_dir"]}/ to resume; use --init_from=auto to start fresh')
     elif _is_pretrained(s):

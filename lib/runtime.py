@@ -2,7 +2,9 @@
 import contextlib
 import ctypes
 import datetime
+import functools
 import os
+import re
 import signal
 import sys
 import time
@@ -20,7 +22,8 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 # architecture white papers. The first name that the device's name contains counts, so longer names stand first.
 PEAK_TFLOPS = {
     'B200': (2250, 75), 'H200': (989, 67), 'H100 PCIe': (756, 51), 'H100 NVL': (835, 60), 'H100': (989, 67),
-    'A100': (312, 19.5), 'L40S': (362, 91.6), 'L4': (121, 30.3), 'A10': (125, 31.2), 'T4': (65, 8.1),
+    'A100': (312, 19.5), 'L40S': (362, 91.6), 'L40': (181, 90.5),
+    'L4': (121, 30.3), 'A10G': (70, 35), 'A10': (125, 31.2), 'T4': (65, 8.1),
     'V100': (125, 15.7), 'MI300X': (1307, 163.4),
     'GTX 1080 Ti': (11.3, 11.3), 'GTX 1080': (8.9, 8.9), 'GTX 1070 Ti': (8.2, 8.2), 'GTX 1070': (6.5, 6.5),
     'GTX 1060': (4.4, 4.4), 'GTX 1050 Ti': (2.1, 2.1), 'GTX 1050': (1.9, 1.9),
@@ -61,7 +64,7 @@ class Runtime:
     def put(self, *tensors):
         """Move CPU tensors to the device; on CUDA from pinned memory, without waiting."""
         if self.device.type == 'cuda':
-            return tuple(t.pin_memory().to(self.device, non_blocking=True) for t in tensors)
+            return tuple(t.contiguous().pin_memory().to(self.device, non_blocking=True) for t in tensors)
         return tuple(t.to(self.device) for t in tensors)
 
     def maximum(self, *numbers):
@@ -102,6 +105,8 @@ class Runtime:
         mine = {'cpu': torch.get_rng_state()}
         if self.device.type == 'cuda':
             mine['cuda'] = torch.cuda.get_rng_state(self.device)
+        if self.device.type == 'mps':
+            mine['mps'] = torch.mps.get_rng_state()
         if self.world_size == 1:
             return [mine]
         everyone = [None] * self.world_size
@@ -115,7 +120,9 @@ class Runtime:
             torch.set_rng_state(mine['cpu'])
         if 'cuda' in mine and self.device.type == 'cuda':
             torch.cuda.set_rng_state(mine['cuda'], self.device)
-        return 'cpu' in mine and (self.device.type != 'cuda' or 'cuda' in mine) and len(states) == self.world_size
+        if 'mps' in mine and self.device.type == 'mps':
+            torch.mps.set_rng_state(mine['mps'])
+        return {'cpu', self.device.type} <= mine.keys() and len(states) == self.world_size
 
 
 def process_start():
@@ -125,7 +132,8 @@ def process_start():
             ticks = int(f.read().rsplit(')', 1)[1].split()[19])
         with open('/proc/uptime', encoding='utf-8') as f:
             uptime = float(f.read().split()[0])
-        return time.time() - uptime + ticks / os.sysconf('SC_CLK_TCK')
+        began = time.time() - uptime + ticks / os.sysconf('SC_CLK_TCK')
+        return began if 0 <= _IMPORTED - began < 600 else _IMPORTED  # a container may see another machine's uptime
     except (OSError, ValueError, IndexError, AttributeError):
         return _IMPORTED
 
@@ -155,6 +163,14 @@ def device_problem(name):
 def native_bf16():
     """True where this CPU multiplies bfloat16 in hardware; elsewhere torch would emulate it, slowly."""
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+@functools.cache
+def fast_bf16(device):
+    """True where products in bfloat16 are fast on `device`, a torch.device."""
+    if device.type == 'cuda':
+        return pick_dtype(device)[0] == 'bfloat16'
+    return device.type == 'cpu' and native_bf16()
 
 
 def pick_dtype(device):
@@ -197,7 +213,7 @@ def one_of_many():
         if not lost_contact(error):
             raise
         silent = ', '.join(map(str, silent_ranks(rank, world_size))) or 'none'
-        reason = str(error).strip().splitlines()[0][:200]
+        reason = (str(error).strip().splitlines() or [''])[0][:200]
         raise UserError(f'rank {rank}: the ranks lost each other ({reason}); silent: {silent}. The newest whole '
                         'checkpoint is unharmed: go on with --init_from=auto') from error
     finally:
@@ -241,17 +257,20 @@ def keep_memory():
             libc.mallopt(option, value)
 
 
-def start(settings):
+def start(settings, compile_pays=False):
     """Set up the process from the settings device, dtype, compile and, in train.py, backend and seed; returns Runtime.
 
-    Joins the other ranks when torchrun started this process.
+    compile_pays: let `compile`, unless it is given, be on where torch can and it is worth the wait. Joins the other
+    ranks when torchrun started this process.
     """
     rank, world_size = rank_and_world()
     local_rank = int(os.environ.get('LOCAL_RANK', 0))
     device = torch.device(settings['device'])
+    if device.type == 'cuda':  # set_device wants an index
+        device = torch.device('cuda', local_rank if world_size > 1 else device.index or 0)
     if world_size > 1:
-        if device.type == 'cuda':
-            device = torch.device('cuda', local_rank)
+        if 'backend' not in settings:
+            raise UserError('this script runs in one process: start it with python instead of torchrun')
         fast = settings['backend'] if settings.given('backend') else 'nccl'
         dist.init_process_group(f'cpu:gloo,cuda:{fast}' if device.type == 'cuda' else 'gloo',  # the CPU's for `maximum`
                                 timeout=datetime.timedelta(seconds=settings['dist_timeout']))
@@ -261,7 +280,8 @@ def start(settings):
     if settings.given('compile'):
         compiled = settings['compile']
     else:  # below 7.0 Triton has no code; on CPU and MPS compiling costs more than the minutes at hand give back
-        compiled = device.type == 'cuda' and os.name != 'nt' and torch.cuda.get_device_capability(device)[0] >= 7
+        compiled = (compile_pays and device.type == 'cuda' and os.name != 'nt'
+                    and torch.cuda.get_device_capability(device)[0] >= 7)
     if device.type == 'cpu':
         keep_memory()
     torch.manual_seed(settings['seed'])
@@ -282,6 +302,11 @@ def place(model, runtime, parallel):
                 fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     return model.to(runtime.device)
+
+
+def gathered(tensor):
+    """Return a tensor that FSDP shares out whole, on its device; any other as it is."""
+    return tensor.full_tensor() if hasattr(tensor, 'full_tensor') else tensor
 
 
 def whole(value, keep=True):
@@ -330,12 +355,13 @@ def compile_or_fall_back(model, runtime, explicit, try_step):
     if not runtime.compile:
         return model
     compiled, states = torch.compile(model), runtime.rng_states()
-    if explicit:
-        return compiled
     try:
         try_step(compiled)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [''])[0][:200]
+        if explicit:
+            raise UserError(f'compile=True: torch.compile fails here ({type(error).__name__}: {reason}); '
+                            'leave it out') from error
         print(f'compile failed ({type(error).__name__}: {reason}); going on without it', file=sys.stderr)
         torch._dynamo.reset()
         compiled = model
@@ -369,7 +395,7 @@ def peak_flops(runtime, override=0.0):
     if runtime.device.type == 'cuda':
         name = torch.cuda.get_device_name(runtime.device)
         for known, (half, full) in PEAK_TFLOPS.items():
-            if known in name:
+            if re.search(rf'\b{known}\b', name):
                 return (full if runtime.dtype == torch.float32 else half) * 1e12
     return measured_flops(runtime.device, runtime.dtype)
 

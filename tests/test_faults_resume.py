@@ -264,3 +264,16 @@ def test_resuming_prefers_the_newest_state_to_the_best(run, trained):
     state['iter_num'] = 1
     checkpoint.save('out/ckpt.pt', state)
     assert 'resuming from iter 4 (out/last.pt)' in resume(run).out
+
+
+def test_a_signal_leaves_the_best_model_in_ckpt_where_step_0_was_good(run, workdir, monkeypatch):
+    """Fine-tuning begins with a good model; what a signal saves later may be worse and was not evaluated."""
+    from lib import runtime
+    run('train.py', *TINY)
+    best = torch.load('out/ckpt.pt', weights_only=True)
+    monkeypatch.setattr(runtime.Signals, '__enter__', lambda self: setattr(self, 'level', 1) or self)
+    history = {**best, 'history': best['history'][:1]}
+    for name in ('ckpt.pt', 'last.pt'):
+        torch.save(history, f'out/{name}')
+    run('train.py', *TINY, '--init_from=resume', '--max_iters=7', '--eval_interval=100', '--learning_rate=30')
+    assert torch.load('out/ckpt.pt', weights_only=True)['iter_num'] == best['iter_num']

@@ -336,5 +336,5 @@ def test_nan_logits_are_an_error_that_says_so(rules):
     model = tiny(vocab_size=256)
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = torch.nan
-    with pytest.raises(UserError, match='NaN in torch.float32 on cpu; try'):
+    with pytest.raises(UserError, match='NaN or infinity in torch.float32 on cpu; try'):
         list(complete(model, ByteTokenizer(), [65], 2, 20, **rules))

@@ -58,7 +58,7 @@ def test_a_device_that_is_not_there_is_told(monkeypatch, name, told):
     ('NVIDIA A100-SXM4-80GB', 312, 19.5), ('NVIDIA H100 80GB HBM3', 989, 67), ('NVIDIA H100 PCIe', 756, 51),
     ('NVIDIA H200', 989, 67), ('NVIDIA L4', 121, 30.3), ('NVIDIA L40S', 362, 91.6), ('Tesla T4', 65, 8.1),
     ('NVIDIA GeForce RTX 4070 Ti SUPER', 88.2, 44.1), ('NVIDIA GeForce RTX 4070', 58.3, 29.1),
-    ('NVIDIA GeForce GTX 1060 6GB', 4.4, 4.4), ('AMD Instinct MI300X', 1307, 163.4), ('NVIDIA A10G', 125, 31.2)])
+    ('NVIDIA GeForce GTX 1060 6GB', 4.4, 4.4), ('AMD Instinct MI300X', 1307, 163.4), ('NVIDIA A10G', 70, 35)])
 def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, half, full):
     fake_cuda(monkeypatch, (8, 0), name)
     for dtype, peak in ((torch.bfloat16, half), (torch.float32, full)):
@@ -177,3 +177,19 @@ def test_nothing_cuda_only_is_called_outside_the_runtime():
     for path in (*REPO.glob('*.py'), *(p for p in REPO.glob('lib/*.py') if p.name != 'runtime.py')):
         text = path.read_text(encoding='utf-8')
         assert 'torch.cuda.' not in text or path.name == 'timed.py', path  # bench's, which asks first
+
+
+def test_start_gives_cuda_an_index(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append, raising=False)
+    monkeypatch.setattr(runtime, 'pick_dtype', lambda device: ('float32', 'stand-in'))
+    settings = Settings({'device': 'cuda', 'dtype': 'float32', 'compile': False, 'seed': 1})
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
+    assert runtime.start(settings).device == torch.device('cuda', 0) and chosen == [0]
+
+
+def test_another_card_whose_name_contains_a_known_one_is_not_taken_for_it(monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA RTX A1000')
+    monkeypatch.setattr(runtime, 'measured_flops', lambda device, dtype: 7.0)
+    rt = runtime.Runtime(torch.device('cuda', 0), torch.float32, False, '')
+    assert runtime.peak_flops(rt) == 7.0

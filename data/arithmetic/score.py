@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import REPO, UserError, configure
-from lib import models, runtime
+from configurator import UserError, configure
+from lib import dataset, models, runtime
 from model import KVCache
 
 out_dir = 'out-arithmetic'  # folder of the training run, relative to the working directory
@@ -30,7 +30,7 @@ def truth(problem):
 
 def held_out(tok):
     """Return the problems of the validation split, each behind the newline that begins a line."""
-    path = REPO / 'data' / 'arithmetic' / 'val.bin'
+    path = dataset.folder('arithmetic') / 'val.bin'
     if not path.exists():
         raise UserError(f'{path} not found. Run: python data/arithmetic/prepare.py')
     lines = tok.decode(np.fromfile(path, tok.dtype)).splitlines()
@@ -52,7 +52,8 @@ def answers(model, tok, prompts, device):
 
 
 def main(argv=None):
-    settings = configure(globals(), argv, early={'device': runtime.pick_device})
+    settings = configure(globals(), argv, early={'device': runtime.pick_device},
+                         check=lambda s: list(filter(None, [runtime.device_problem(s['device'])])))
     model, tok, _ = models.open_model('resume', out_dir)
     model = model.to(settings['device'])
     by_length = {}
