@@ -7,6 +7,7 @@
 Any setting below is overridden by Python config files and by --key=value, which wins. What the samples are drawn with
 is in lib/generate.py.
 """
+import os
 import sys
 
 import torch
@@ -123,4 +124,7 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except BrokenPipeError:  # whoever reads, such as `head`, has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

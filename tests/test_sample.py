@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from conftest import REPO
+from conftest import REPO, TINY
 
 import sample
 from lib.tokenizer import ByteTokenizer
@@ -188,3 +188,9 @@ def test_an_ascii_locale_neither_garbles_the_prompt_nor_the_output(trained):
     assert done.returncode == 0, done.stderr
     text = done.stdout.decode('utf-8')
     assert text.startswith('人之初') and '本' not in text
+
+
+def test_a_reader_that_has_had_enough_is_no_error(workdir, run):
+    run('train.py', *TINY)
+    command = f'{sys.executable} {REPO / "sample.py"} --device=cpu --num_samples=300 --max_new_tokens=50 | head -n 1'
+    assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ''
