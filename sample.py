@@ -126,5 +126,6 @@ def main(argv=None):
 if __name__ == '__main__':
     try:
         main()
+        sys.stdout.flush()
     except BrokenPipeError:  # whoever reads, such as `head`, has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

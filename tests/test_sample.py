@@ -192,5 +192,5 @@ def test_an_ascii_locale_neither_garbles_the_prompt_nor_the_output(trained):
 
 def test_a_reader_that_has_had_enough_is_no_error(workdir, run):
     run('train.py', *TINY)
-    command = f'{sys.executable} {REPO / "sample.py"} --device=cpu --num_samples=300 --max_new_tokens=50 | head -n 1'
+    command = f'{sys.executable} {REPO / "sample.py"} --device=cpu --num_samples=2 --max_new_tokens=5 | true'
     assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ''
