@@ -31,12 +31,15 @@ class UserError(SystemExit):
 
 
 class Settings(dict):
-    """Name -> value, with the `origins` of the values (a flag, 'FILE:LINE', or 'default') and the `errors` met."""
+    """Name -> value, with the `origins` of the values (a flag, 'FILE:LINE', or 'default') and the `errors` met.
+
+    whole: False where a config file could not be read, so that the values are not what the user meant.
+    """
 
     def __init__(self, values):
         super().__init__(values)
         self.origins = dict.fromkeys(values, 'default')
-        self.errors = []
+        self.errors, self.whole = [], True
 
     def given(self, name):
         """True where a flag or a config file set `name`."""
@@ -101,7 +104,10 @@ def _parse(argv, settings, words):
     while rest:
         word = rest.pop(0)
         if not word.startswith('--'):
-            loose.append(word)
+            if '=' in word and (name := word.lstrip('-').partition('=')[0]) in settings and not Path(word).exists():
+                settings.errors.append(f'{word}: a setting begins with two hyphens: --{word.lstrip("-")}')
+            else:
+                loose.append(word)
             continue
         name, equals, text = word[2:].partition('=')
         name = name.replace('-', '_')
@@ -130,13 +136,19 @@ def _run_config(path, settings, fixed):
     """Execute a config file over the values so far and take over what it assigns."""
     found = find_path(path)
     if not found.is_file():
-        configs = [p.relative_to(REPO).as_posix() for p in (REPO / 'config').glob('*.py')]
-        settings.errors.append(f'config file {path} not found{_nearest(path, configs, "")}')
+        settings.whole = False
+        if found.is_dir() and 'out_dir' in settings:
+            settings.errors.append(f"{path} is a folder, not a config file; a run's is named by --out_dir={path}")
+            return
+        configs = {p.stem: p.relative_to(REPO).as_posix() for p in (REPO / 'config').glob('*.py')}
+        near = difflib.get_close_matches(Path(path).stem, configs, n=1, cutoff=0.75)
+        settings.errors.append(f'config file {path} not found' + ''.join(f'; did you mean {configs[n]}?' for n in near))
         return
     scope = _ConfigScope(dict(settings, __file__=str(found), __name__=found.stem), fixed)
     try:
         exec(compile(found.read_text(encoding='utf-8'), str(found), 'exec'), scope.module, scope)
     except Exception as error:
+        settings.whole = False
         frames = inspect.getinnerframes(error.__traceback__)
         line = getattr(error, 'lineno', None) or next((f.lineno for f in frames[::-1] if f.filename == str(found)), '?')
         settings.errors.append(f'{path}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}')
@@ -201,6 +213,14 @@ def stop(problems):
     raise SystemExit(2)
 
 
+def _interrupted(kind, error, trace):
+    """Tell of Ctrl-C in a word instead of a traceback; Python then ends with the status that shells expect, 130."""
+    if issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)
+
+
 def configure(namespace, argv=None, early=None, check=None, words=''):
     """Override the literals in `namespace` (a script's globals()) from `argv` and return the Settings.
 
@@ -214,10 +234,11 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
         print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults))
         raise SystemExit(0)
     for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, 'reconfigure') and os.environ.get('PYTHONIOENCODING') is None:
-            stream.reconfigure(encoding='utf-8', errors='replace')  # LC_ALL=C would choke on Chinese text
+        if hasattr(stream, 'reconfigure'):  # LC_ALL=C would choke on Chinese text
+            stream.reconfigure(encoding=None if 'PYTHONIOENCODING' in os.environ else 'utf-8', errors='replace')
+    sys.excepthook = _interrupted
     settings = resolve(defaults, argv, early, words)
-    problems = settings.errors + (check(settings) if check else [])
+    problems = settings.errors + (check(settings) if check and settings.whole else [])
     if problems:
         stop(problems)
     namespace.update(settings)

@@ -78,11 +78,11 @@ def save(path, state, keep_previous=False, also=None):
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
+        if also is not None:  # first: a run killed behind this line does the steps to it again, and saves the same
+            _link(tmp, Path(also))
         if keep_previous and path.exists():
             _link(path, path.with_suffix(f'.prev{path.suffix}'))
         os.replace(tmp, path)
-        if also is not None:
-            _link(path, Path(also))
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
         need, free = _estimate(state) / 2**30, shutil.disk_usage(path.parent).free / 2**30

@@ -176,7 +176,8 @@ def _check(s, opened):
     try:
         opened['data'] = dataset.open_dataset(s['dataset'], max(1, s['block_size']))
     except UserError as error:
-        return found + [error.message]
+        first = '' if s.given('dataset') else '. For a first model: python train.py config/train_python_char.py'
+        return found + [error.message + first]
     if opened['resume'] and not found:
         found += _foreign_data(*opened['resume'], opened['data'])
     if _is_pretrained(s) and not found:

@@ -1,4 +1,9 @@
 """configurator.py: values, where they come from, and what is said of a mistake."""
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 
 from configurator import REPO, Settings, UserError, configure, describe, find_path, resolve
@@ -26,7 +31,8 @@ def test_a_flag_is_read_as_the_type_of_the_default(words, name, value):
     (['--learning_rate=fast'], '--learning_rate=fast: expected a number'),
     (['--bias=2'], '--bias=2: expected True or False'), (['--batch_size'], '--batch_size needs a value'),
     (['--start', '--bias'], '--start needs a value'), (['--datset=x'], 'did you mean dataset?'),
-    (['--zzz=1'], '--help lists them all'), (['nope.py'], 'config file nope.py not found')])
+    (['--zzz=1'], '--help lists them all'), (['nope.py'], 'config file nope.py not found'),
+    (['batch_size=3'], 'two hyphens: --batch_size=3'), (['-batch_size=3'], 'two hyphens: --batch_size=3')])
 def test_what_cannot_be_read_is_told(words, told):
     assert told in '\n'.join(resolve(DEFAULTS, words).errors)
 
@@ -111,3 +117,35 @@ def test_origins_tell_a_flag_from_a_config_from_a_default():
     assert s.given('a') and not s.by_flag('a')
     s.origins['a'] = '--a'
     assert s.given('a') and s.by_flag('a')
+
+
+def test_a_folder_in_place_of_a_config_file_is_told_from_a_missing_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out-x').mkdir()
+    assert resolve({'out_dir': 'out'}, ['out-x']).errors == [
+        "out-x is a folder, not a config file; a run's is named by --out_dir=out-x"]
+
+
+def test_the_values_of_a_config_file_that_cannot_be_read_are_not_judged(config, capsys):
+    config('a.py', 'batch_size = 1 +\n')
+    for words in (['a.py'], ['nope.py']):
+        with pytest.raises(SystemExit):
+            configure(dict(DEFAULTS), words, check=lambda s: ['the dataset is not prepared'])
+        assert 'not prepared' not in capsys.readouterr().err
+
+
+SCRIPT = "from configurator import configure; configure({}, [])\n"
+
+
+def test_ctrl_c_is_a_word_and_not_a_traceback():
+    done = subprocess.run([sys.executable, '-c', SCRIPT + 'raise KeyboardInterrupt'], cwd=REPO, capture_output=True)
+    assert done.stderr == b'interrupted\n' and done.returncode in (-signal.SIGINT, 130)
+    done = subprocess.run([sys.executable, '-c', SCRIPT + '1 / 0'], cwd=REPO, capture_output=True)
+    assert b'Traceback' in done.stderr and done.returncode == 1
+
+
+@pytest.mark.parametrize('name, wanted', [('ascii', b'??\n'), ('gb18030', '人之\n'.encode('gb18030'))])
+def test_an_encoding_that_was_asked_for_is_used_and_what_it_lacks_is_a_question_mark(name, wanted):
+    done = subprocess.run([sys.executable, '-c', SCRIPT + "print('\\u4eba\\u4e4b')"], cwd=REPO, capture_output=True,
+                          env={**os.environ, 'PYTHONIOENCODING': name})
+    assert done.stdout == wanted, done.stderr

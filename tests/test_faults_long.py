@@ -20,7 +20,7 @@ from lib import checkpoint
 real = checkpoint.save
 def save(*args, **options):
     os.write(saves, b'(')
-    real(*args)
+    real(*args, **options)
     os.write(saves, b')')
 checkpoint.save = save
 saves = os.open('saves', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

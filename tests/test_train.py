@@ -16,6 +16,12 @@ def test_a_run_makes_exactly_max_iters_updates_and_ends_saved(run, workdir):
     assert load('out/last.pt')['iter_num'] == 7
 
 
+def test_a_finished_run_says_so_and_what_to_raise(run, workdir):
+    assert 'nothing left to do' not in run('train.py', *TINY).out
+    done = run('train.py', *TINY, '--init_from=resume')
+    assert done.status == 0 and 'nothing left to do at iter 6: to train longer raise --max_iters' in done.out
+
+
 def test_resuming_equals_not_stopping_bit_for_bit(run, workdir):
     flags = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--decay_lr=False']
     run('train.py', *flags, '--out_dir=whole')
