@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from configurator import UserError, configure, find_path
 from lib import dataset as datasets
-from lib import models, report, runtime, tasks
+from lib import models, report, runtime, sources, tasks
+from lib.tokenizer import difference
 
 # model
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
@@ -27,7 +28,8 @@ out_dir = 'out'  # folder of the training run, relative to the working directory
 # what to measure on
 dataset = ''  # folder under data/; '' the one that the checkpoint was trained on, openwebtext for GPT-2
 split = 'val'  # val | train
-text = ''  # a text file (UTF-8) instead of a dataset; '' none
+text = ''  # a text file instead of a dataset; '' none
+encoding = 'utf-8'  # of the text file, for example gb18030
 stride = 0  # tokens between the starts of windows, 1 to block_size; 0 block_size
 task = ''  # hellaswag | lambada; '' none
 input = ''  # the task's JSON lines in a local file; '' downloads them to data/TASK/
@@ -51,6 +53,7 @@ def check(s):
         'dtype': (s['dtype'] in ('auto', *runtime.DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
     }
     found = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in rules.items() if not fine]
+    found += sources.encoding_problems(s['encoding'])
     found += [f'{name}={s[name]}: there is no such file' for name in ('text', 'input')
               if s[name] and not find_path(s[name]).is_file()]
     if sum(bool(s[name]) for name in ('dataset', 'text', 'task')) > 1:
@@ -126,10 +129,7 @@ def run_task(model, tok, rt):
 def read_text(tok):
     """Return the text file as a datasets.Split of the model's tokens."""
     path = find_path(text)
-    try:
-        content = path.read_text(encoding='utf-8-sig')
-    except UnicodeDecodeError as error:
-        raise UserError(f'text={text}: not UTF-8 at byte {error.start}; save the file as UTF-8') from None
+    content = ''.join(sources.chunks(path, encoding))
     ids = np.array(tok.encode(content), dtype=np.uint32)
     return datasets.Split(path, ids, len(content.encode()), '', tok.vocab_size)
 
@@ -144,9 +144,9 @@ def run_text(model, tok, rt, state):
     else:
         data = datasets.open_dataset(dataset or state.get('config', {}).get('dataset', 'openwebtext'), 1)
         if data.tokenizer != tok.spec:
-            raise UserError(f'dataset {data.name} is tokenized by {data.tokenizer["kind"]}, the model by {tok.kind}'
-                            f'{" of other tokens" * (tok.kind == data.tokenizer["kind"])}; prepare it with the '
-                            "model's tokenizer, or give its text with --text=FILE")
+            raise UserError(f'dataset {data.name} does not fit this model: {difference(data.tokenizer, tok.spec)}; '
+                            f'{"leave --dataset out" if dataset else "prepare it as it was in training"}, or give a '
+                            "text with --text=FILE, which is read with the model's tokenizer")
         name, tokens = f'{split} of {data.name}', getattr(data, split)
     if len(tokens) < 2:
         raise UserError(f'{name} has {len(tokens)} tokens; a loss needs at least 2')

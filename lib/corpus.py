@@ -3,7 +3,6 @@
 A data/NAME/prepare.py says what is special about its text and calls `prepare`. The text flows through as pieces
 (text, ends), see lib/sources.py, and is never in memory as a whole.
 """
-import codecs
 import hashlib
 import json
 import os
@@ -39,6 +38,7 @@ num_proc = 0  # processes that tokenize BPE (0 one a core); the bytes do not dep
 
 _WINDOW = 10_000  # characters at the end of a chunk among which a harmless cut is looked for
 _SAMPLE = 20_000_000  # bytes of text that a BPE is trained on, at most
+_TINY = 5_000  # characters; a text of fewer is warned about
 KINDS = ('char', 'byte', 'gpt2', 'bpe')
 
 
@@ -183,10 +183,25 @@ def digest(meta):
     return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
-def write(folder, coder, results):
+def _held(folder):
+    """Return (meta.json, a description) of the dataset in `folder`: {} where prepare left none whole, '' for none."""
+    try:
+        meta = json.loads((folder / 'meta.json').read_text(encoding='utf-8'))
+        if meta['sha256'] == digest(meta):
+            n_tokens = sum(facts['n_tokens'] for facts in meta['splits'].values())
+            source = f" of {meta['source']}" if meta.get('source') else ''
+            return meta, f"{n_tokens:,} tokens ({meta['tokenizer']['kind']}){source}"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        pass  # preparing again is what mends it
+    path = folder / 'train.bin'
+    return {}, f'a train.bin of {path.stat().st_size:,} bytes and no whole meta.json' if path.exists() else ''
+
+
+def write(folder, coder, results, source=''):
     """Write `results` (see `_work`) to `folder` as train.bin, val.bin and meta.json; all of it or nothing.
 
-    Returns (meta, characters). A folder in which a renaming was interrupted holds the file UNFINISHED.
+    source: what the user called the text. Returns (meta, characters). A folder in which a renaming was interrupted
+    holds the file UNFINISHED.
     """
     folder.mkdir(parents=True, exist_ok=True)
     temp_meta, n_chars, files = folder / 'meta.json.tmp', 0, {}
@@ -197,7 +212,7 @@ def write(folder, coder, results):
             files[split].add(ids, n_bytes)
             n_chars += chars
         meta = {'format': 1, 'tokenizer': coder.spec, 'vocab_size': coder.vocab_size,
-                'dtype': 'uint16' if coder.dtype == '<u2' else 'uint32',
+                'dtype': 'uint16' if coder.dtype == '<u2' else 'uint32', 'source': source,
                 'splits': {split: file.finish() for split, file in files.items()}}
         for split, facts in meta['splits'].items():
             if not facts['n_tokens']:
@@ -238,11 +253,7 @@ def _check(settings):
         problems.append(f"num_proc={settings['num_proc']}: expected 0 (one a core) or more")
     if settings['name'] and not re.fullmatch(r'\w[\w.-]*', settings['name']):
         problems.append(f"name={settings['name']}: expected a plain folder name of letters, digits, _ - and .")
-    try:
-        codecs.lookup(settings['encoding'])
-    except LookupError:
-        problems.append(f"encoding={settings['encoding']} is unknown; for Chinese text try gb18030")
-    return problems
+    return problems + sources.encoding_problems(settings['encoding'])
 
 
 def _coder(settings, chars, sample, many):
@@ -258,12 +269,19 @@ def _coder(settings, chars, sample, many):
 
 def _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect):
     words, val_words = settings['input'].splitlines(), settings['val_input'].splitlines()
-    folder = script.parent
-    if settings['name'] or words and folder.name == 'text':
-        called = settings['name'] or re.sub(r'[^\w.-]', '_', Path(words[0].split('#')[0]).name.split('.')[0])
+    said = ' '.join(words[:1]) + f' and {len(words) - 1} more' * (len(words) > 1)
+    folder, called = script.parent, settings['name']
+    derived = bool(words) and folder.name == 'text' and not called
+    if derived:
+        called = re.sub(r'[^\w.-]', '_', Path(words[0].split('#')[0]).name.split('.')[0]) or '_'
+    if called:
         folder = folder.parent / called
-        if not called.strip('_.') or not settings['name'] and (folder / 'prepare.py').exists():
-            raise UserError(f'data/{called} is taken or no name; choose one with --name=...')
+        if (folder / 'prepare.py').exists() and (derived or folder != script.parent):
+            raise UserError(f'data/{called} has a prepare.py of its own; choose another name with --name=...')
+    old, held = _held(folder)
+    if derived and old.get('source', said) != said:  # nobody chose to replace it
+        raise UserError(f'data/{called} holds {held}; choose another name with --name=..., or replace it with '
+                        f'--name={called}')
     own_text = not words and not (folder / 'input.txt').exists()
     if not own_text:
         words = words or [str(folder / 'input.txt')]
@@ -273,6 +291,8 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
     else:
         raise UserError(f'no text to read; name it with --input=PATH, or put it at {folder / "input.txt"}. {where}')
     paths, val_paths = sources.find('input', words, folder), sources.find('val_input', val_words, folder)
+    if derived and not called.strip('_.'):
+        raise UserError(f'--input={words[0]} gives the dataset no name; choose one with --name=...')
     keys = [key.strip() for key in settings['text_key'].split(',')]
 
     def pieces(paths):
@@ -294,7 +314,9 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         stream = _by_position(pieces(paths), int(n_chars * (1 - settings['val_fraction'])))
     jobs = _jobs(stream, coder.cut, many)
     results = _tokenize(jobs, coder, settings['num_proc'] or _cores())
-    meta, n_chars = write(folder, coder, _with_bar(results))
+    meta, n_chars = write(folder, coder, _with_bar(results), said)
+    if held and any(old.get(key) != meta[key] for key in ('tokenizer', 'splits')):
+        print(f'data/{folder.name} held {held}, which this replaced', file=sys.stderr)
     _report(folder, coder, meta, n_chars)
     if expect and own_text and not any(map(settings.given, ('tokenizer', 'val_fraction'))):
         got = [facts['n_tokens'] for facts in meta['splits'].values()]
@@ -327,6 +349,9 @@ def _report(folder, coder, meta, n_chars):
     for line in [line for line in coder.decode(start).replace(tok.EOT, '\n').splitlines() if line.strip()][:3]:
         ids = coder.encode(line[:30])
         print(f'  {ids[:8]}{" ..." * (len(ids) > 8)} -> {coder.decode(ids)}')
+    if n_chars < _TINY:
+        print(f'warning: {n_chars:,} characters are few: a model will learn them by heart, and block_size must be '
+              f"below the {splits['val']['n_tokens']:,} tokens of the val split", file=sys.stderr)
     configs = [path.name for path in sorted((REPO / 'config').glob('*.py'), reverse=True)  # train_* before finetune_*
                if re.search(rf"^dataset = '{folder.name}'", path.read_text(encoding='utf-8'), re.M)]
     command = f'python train.py config/{[*configs, "train_shakespeare_char.py"][0]}'

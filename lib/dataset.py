@@ -64,6 +64,14 @@ def folder(name):
     return here if here.is_dir() else REPO / 'data' / name
 
 
+def _command(path):
+    """Return what to type to prepare the dataset in folder `path`; one without a script of its own came from text."""
+    if (path / 'prepare.py').exists() and path.name != 'text':
+        return f'python {path / "prepare.py"}'
+    return (f'python {folder("text") / "prepare.py"} --input=YOUR_TEXT '
+            f'--name={"NAME" if path.name == "text" else path.name}')
+
+
 def _meta(path):
     """Return the parsed meta.json of a dataset's folder, or None where nanoGPT or nobody prepared it."""
     try:
@@ -98,7 +106,7 @@ def tokenizer_spec(path):
 def _read(path, dtype, expected, vocab_size):
     """Return the Split in a .bin file; `expected` is its entry in meta.json, {} where there is none."""
     if not path.exists():
-        raise UserError(f'{path} not found. Run: python {path.parent / "prepare.py"}')
+        raise UserError(f'{path} not found. Run: {_command(path.parent)}')
     size = path.stat().st_size
     if size == 0:
         raise UserError(f'{path} is empty; run prepare.py again')
@@ -140,11 +148,14 @@ def open_dataset(name, block_size):
     """
     path = folder(name)
     if not path.is_dir():
-        known = sorted(p.parent.name for p in (REPO / 'data').glob('*/prepare.py'))
-        raise UserError(f'no dataset data/{name}: expected one of {", ".join(known)}, or a name that you gave to '
-                        'data/text/prepare.py')
+        known = sorted({p.parent.name for p in (REPO / 'data').glob('*/prepare.py')} - {'text'})
+        raise UserError(f'no dataset data/{name}: expected one of {", ".join(known)}, or a text of your own: '
+                        f'{_command(path)}')
+    if name == 'text' and not (path / 'train.bin').exists():
+        raise UserError('dataset=text: data/text only prepares texts of your own, under names of your own. Run: '
+                        f'{_command(path)}, then give --dataset=NAME')
     if (path / 'UNFINISHED').exists():
-        raise UserError(f'{path} holds an unfinished prepare: run it again (python {path / "prepare.py"})')
+        raise UserError(f'{path} holds an unfinished prepare: run it again ({_command(path)})')
     meta = _meta(path)
     spec = tokenizer_spec(path)
     if meta:

@@ -5,7 +5,7 @@ import os
 import torch
 
 from configurator import UserError, find_path
-from lib import checkpoint, dataset, lora, models, runtime
+from lib import checkpoint, dataset, lora, models, runtime, tokenizer
 from model import CHOICES, GPT2_SIZES, GPTConfig
 
 SETTING_CHOICES = {
@@ -196,8 +196,7 @@ def foreign_weights(name, data):
     except UserError as error:
         return [error.message]
     if spec != data.tokenizer:
-        return [f'dataset {data.name} is tokenized by {data.tokenizer["kind"]}, {name} by '
-                f'{"another " * (spec["kind"] == data.tokenizer["kind"])}{spec["kind"]}; '
+        return [f'dataset {data.name} does not fit {name}: {tokenizer.difference(data.tokenizer, spec)}; '
                 f'prepare it with --tokenizer={spec["kind"]}']
     return [f'dataset {data.name} has {data.vocab_size} tokens, {name} {size}'] * (data.vocab_size > size)
 
@@ -208,8 +207,8 @@ def _foreign_data(path, state, data):
     if data.vocab_size > size:
         return [f'checkpoint {path} has vocab_size {size}, dataset {data.name!r} has {data.vocab_size}']
     if saved is not None and saved != data.tokenizer:
-        return [f'checkpoint {path} was trained with another tokenizer than dataset {data.name!r} has '
-                f'({saved["kind"]} of {state.get("data", {}).get("name", "?")}, now {data.tokenizer["kind"]})']
+        return [f'checkpoint {path} was trained with another tokenizer than dataset {data.name!r} has: '
+                f'{tokenizer.difference(data.tokenizer, saved)}; choose another --out_dir, or train from scratch']
     return []
 
 

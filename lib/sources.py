@@ -20,11 +20,46 @@ from configurator import UserError, find_path
 from lib.tokenizer import TextError, encoded
 
 CHUNK = 1 << 20  # characters in a piece of a long text
+_CONTROL = bytes({*range(32)} - {*b'\t\n\v\f\r\x1a\x1b'})  # bytes that a text hardly ever has
 WAIT = 1.0  # seconds before the second try of a download; doubled for the third
 
 
-def _chunks(path, codec):
-    """Yield the decoded text of a file, plain or gzip; a byte order mark at its very beginning is dropped."""
+def encoding_problems(name):
+    """Return what is wrong with the name of an encoding, in a list that is empty for a known one."""
+    try:
+        codecs.lookup(name)
+    except LookupError:
+        return [f'encoding={name} is unknown; for Chinese text try gb18030']
+    return []
+
+
+def _advice(data, codec):
+    """Return how to go on with bytes that are not `codec`."""
+    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        found = 'utf-16'
+    elif b'\0' in data or 100 * (len(data) - len(data.translate(None, _CONTROL))) > len(data):
+        return ' and does not look like text; leave it out, or give what it holds as plain text'
+    else:
+        found = next((codec for codec in ('utf-8', 'gb18030', 'cp1252') if _reads(data, codec)), '...')
+    if found == codecs.lookup(codec).name:
+        return ', where it ends within a character; was it cut short?'
+    return f'; name its encoding, for example --encoding={found}, or save it as UTF-8'
+
+
+def _reads(data, codec):
+    """True where `data` is the beginning of a text in `codec`."""
+    try:
+        codecs.getincrementaldecoder(codec)().decode(data)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def chunks(path, codec):
+    """Yield the decoded text of a file, plain or gzip; a byte order mark at its very beginning is dropped.
+
+    UserError names the first byte that is not `codec`, and what to do.
+    """
     decoder, done = codecs.getincrementaldecoder(codec)(), 0
     with open(path, 'rb') as raw:
         packed = raw.read(2) == b'\x1f\x8b'
@@ -37,8 +72,8 @@ def _chunks(path, codec):
                 text = decoder.decode(data, final=not data)
             except UnicodeDecodeError as error:
                 at = done - len(error.object) + error.start
-                raise UserError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x}); '
-                                'name its encoding, for example --encoding=gb18030, or save it as UTF-8') from None
+                raise UserError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x})'
+                                f'{_advice(error.object, codec)}') from None
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UserError(f'{path} is a damaged gzip file: {error}') from None
             if done == len(data):
@@ -49,10 +84,10 @@ def _chunks(path, codec):
                 return
 
 
-def _divide(chunks, separator):
+def _divide(stream, separator):
     """Yield what lies between separators, whatever the chunks."""
     rest = ''
-    for chunk in chunks:
+    for chunk in stream:
         *whole, rest = (rest + chunk).split(separator)
         yield from whole
     if rest:
@@ -79,7 +114,7 @@ def _fields(record, keys, place):
 
 
 def _json_lines(path, codec, keys):
-    for number, line in enumerate(_divide(_chunks(path, codec), '\n'), 1):
+    for number, line in enumerate(_divide(chunks(path, codec), '\n'), 1):
         if not line.strip():
             continue
         try:
@@ -98,9 +133,9 @@ def _json_lines(path, codec, keys):
 
 def _is_json_lines(path, codec):
     """True where the first line holds a JSON object; a file called JSON but laid out otherwise is refused."""
-    start = next(_chunks(path, codec), '').lstrip()
+    start = next(chunks(path, codec), '').lstrip()
     if start.startswith('{'):
-        line = next((line for line in _divide(_chunks(path, codec), '\n') if line.strip()), '')
+        line = next((line for line in _divide(chunks(path, codec), '\n') if line.strip()), '')
         try:
             return isinstance(json.loads(line), dict)
         except json.JSONDecodeError:
@@ -164,16 +199,15 @@ def read(path, codec, keys, delimiter=''):
             return _parquet(path, keys)
     if _is_json_lines(path, codec):
         return _json_lines(path, codec, keys)
-    chunks = _chunks(path, codec)
     if delimiter:
-        return chain.from_iterable(document(part.strip()) for part in _divide(chunks, delimiter))
-    return _whole(chunks)
+        return chain.from_iterable(document(part.strip()) for part in _divide(chunks(path, codec), delimiter))
+    return _whole(chunks(path, codec))
 
 
-def _whole(chunks):
+def _whole(stream):
     """Yield chunks as pieces of one document, holding one back to know the last."""
     held = ''
-    for chunk in chunks:
+    for chunk in stream:
         if held:
             yield held, False
         held = chunk
@@ -196,9 +230,12 @@ def find(flag, words, folder):
                 found = [p for p in inside if p.is_file() and not any(
                     part.startswith('.') for part in p.relative_to(path).parts)]
             else:
-                found = [path] if path.is_file() else sorted(Path(p) for p in glob.glob(str(path), recursive=True))
+                found = [path] if path.is_file() else sorted(
+                    p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
             if not found:
-                raise UserError(f"--{flag}={word}: {'no files in it' if path.is_dir() else 'no such file or folder'}")
+                raise UserError(f'--{flag}={word}: ' + (
+                    'no files in it' if path.is_dir() else 'the pattern matches no file' if glob.has_magic(str(path))
+                    else 'no such file or folder'))
             paths += found
     return paths
 

@@ -243,6 +243,20 @@ def from_spec(spec):
     return kinds[spec['kind']]()
 
 
+def difference(data, model):
+    """Return in words why ids of a dataset with spec `data` mean something else to a model with another, `model`."""
+    if data['kind'] != model['kind']:
+        return f"its tokenizer is {data['kind']}, the model's is {model['kind']}"
+    if data['kind'] != 'char':
+        return 'both have a BPE, but learned from different texts'
+    lacks = sorted(set(data['chars']) - set(model['chars']))
+    if lacks:
+        shown = ', '.join(map(repr, lacks[:3])) + f' and {len(lacks) - 3:,} more' * (len(lacks) > 3)
+        return f'it has characters that the model was not trained on ({shown})'
+    return (f"it has {len(data['chars']):,} different characters, the model {len(model['chars']):,}, "
+            'so they are numbered otherwise')
+
+
 class _PlainUnpickler(pickle.Unpickler):
     """Reads numbers, strings and containers; a pickle that refers to any class or function is refused."""
 

@@ -69,6 +69,13 @@ def test_the_counts_are_printed_as_people_parse_them(prepare, tmp_path):
                                   'train has 2,700 tokens\nval has 300 tokens\n')
 
 
+def test_a_tiny_text_is_warned_about_with_the_limit_of_block_size(prepare, tmp_path):
+    prepare(put(tmp_path / 'book.txt', 'ab\n' * 500))
+    assert 'warning: 1,500 characters are few' in prepare.err and 'below the 150 tokens of the val split' in prepare.err
+    prepare(put(tmp_path / 'book.txt', 'ab\n' * 2000))
+    assert 'warning' not in prepare.err
+
+
 def test_the_preview_shows_lines_that_went_there_and_back(prepare, tmp_path):
     prepare(put(tmp_path / 'book.txt', '人之初\n性本善\n性相近\n习相远\n' * 9))
     assert '-> 人之初\n' in prepare.out and '-> 性相近\n' in prepare.out and '习相远' not in prepare.out

@@ -109,11 +109,37 @@ def test_a_text_file_gives_what_the_same_tokens_in_a_dataset_do(run, workdir):
     assert numbers(text.splitlines()[-1]) == numbers(dataset.splitlines()[-1]) and 'stride 2' in text
 
 
-def test_a_dataset_of_other_tokens_is_refused(run, workdir):
+def test_a_text_that_is_not_utf8_is_refused_with_its_place_or_read_by_the_name_of_its_encoding(run, workdir):
+    save_run(workdir, chars='一二三四五六七八九十abcdef')
+    (workdir / 'a.txt').write_text('一二三四五六七八九十' * 5, encoding='gb18030', newline='')
+    done = run('evaluate.py', '--device=cpu', '--text=a.txt')
+    assert done.status == 1 and 'a.txt is not UTF-8 at byte 2 (0xb6); name its encoding' in done.last_error
+    assert '--encoding=gb18030' in done.last_error
+    done = run('evaluate.py', '--device=cpu', '--text=a.txt', '--encoding=gb18030')
+    assert done.status == 0 and '(49 targets' in done.out
+    assert 'encoding=klingon is unknown' in run('evaluate.py', '--device=cpu', '--encoding=klingon').last_error
+
+
+@pytest.mark.parametrize('chars, why', [
+    ('abcdefghijklmnoP', "it has characters that the model was not trained on ('P'); leave --dataset out"),
+    ('abcdefghijklQRST', "it has characters that the model was not trained on ('Q', 'R', 'S' and 1 more)"),
+    ('abcdefgh', 'it has 8 different characters, the model 16, so they are numbered otherwise')])
+def test_a_dataset_of_other_characters_is_refused(run, workdir, chars, why):
     save_run(workdir)
-    write_dataset(workdir / 'data' / 'other', [0, 1, 2] * 10, chars='abcdefghijklmnoP')
+    write_dataset(workdir / 'data' / 'other', [0, 1, 2] * 10, chars=chars)
     done = run('evaluate.py', '--device=cpu', '--dataset=other')
-    assert done.status == 1 and 'dataset other is tokenized by char, the model by char of other tokens' in done.err
+    assert done.status == 1 and f'dataset other does not fit this model: {why}' in done.last_error
+    assert '--text=FILE' in done.last_error
+
+
+def test_a_dataset_of_another_kind_of_tokenizer_is_refused(run, workdir):
+    save_run(workdir)
+    state = checkpoint.load('out/ckpt.pt')
+    checkpoint.save('out/ckpt.pt', {**state, 'tokenizer': {'kind': 'byte'}, 'model_args': {
+        **state['model_args'], 'vocab_size': 256}, 'model': GPT(GPTConfig(
+            block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16)).state_dict()})
+    done = run('evaluate.py', '--device=cpu')
+    assert "its tokenizer is char, the model's is byte; prepare it as it was in training" in done.last_error
 
 
 def test_a_stride_that_would_leave_out_tokens_is_refused(run, workdir):

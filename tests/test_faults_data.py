@@ -36,7 +36,22 @@ def test_a_dataset_nobody_prepared_names_the_command(run, workdir):  # fault 25
 
 def test_an_unknown_dataset_lists_the_known(run, workdir):  # fault 25
     error = refused(run, '--dataset=nope')
-    assert 'no dataset data/nope' in error and 'shakespeare_char' in error and 'data/text/prepare.py' in error
+    assert 'no dataset data/nope' in error and 'shakespeare_char' in error and ' text,' not in error
+    assert 'data/text/prepare.py --input=YOUR_TEXT --name=nope' in error
+
+
+@pytest.mark.parametrize('file, said', [('train.bin', 'train.bin not found'), ('UNFINISHED', 'an unfinished prepare')])
+def test_a_dataset_without_a_script_of_its_own_names_the_one_that_made_it(run, tiny, file, said):  # fault 25
+    (tiny / file).unlink(missing_ok=True) if file == 'train.bin' else (tiny / file).touch()
+    error = refused(run)
+    assert said in error and 'data/text/prepare.py --input=YOUR_TEXT --name=tiny' in error
+
+
+def test_text_is_the_name_of_no_dataset(run, workdir):  # fault 25
+    (workdir / 'data' / 'text').mkdir()
+    (workdir / 'data' / 'text' / 'prepare.py').touch()
+    error = refused(run, '--dataset=text')
+    assert 'dataset=text: ' in error and 'data/text/prepare.py --input=YOUR_TEXT --name=NAME' in error
 
 
 def test_an_empty_bin_is_named(run, tiny):  # fault 26

@@ -242,9 +242,23 @@ def test_text_that_is_not_utf8_is_refused_with_file_and_byte(prepare, tmp_path, 
     assert f'{path} is not UTF-8 at byte {at} (0xc8); name its encoding' in fails(capfd, lambda: prepare(path))
 
 
+@pytest.mark.parametrize('text, codec', [('人之初', 'gb18030'), ('un café à la crème', 'cp1252'), ('plain', 'utf-16')])
+def test_an_encoding_is_proposed_that_reads_the_text(prepare, tmp_path, capfd, text, codec):
+    path = put(tmp_path / 'a.txt', ((text + '\n') * 100).encode(codec))
+    assert f'for example --encoding={codec},' in fails(capfd, lambda: prepare(path))
+    prepare(path, f'--encoding={codec}')
+
+
+@pytest.mark.parametrize('data', [b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR', bytes(range(1, 256))])
+def test_what_is_no_text_is_told_so_and_no_encoding_proposed(prepare, tmp_path, capfd, data):
+    message = fails(capfd, lambda: prepare(put(tmp_path / 'a.png', data)))
+    assert 'a.png is not UTF-8 at byte' in message and 'does not look like text' in message
+    assert '--encoding' not in message
+
+
 def test_a_text_that_ends_within_a_character_is_refused(prepare, tmp_path, capfd):
     path = put(tmp_path / 'a.txt', '人之初'.encode()[:-1])
-    assert 'is not UTF-8 at byte 6' in fails(capfd, lambda: prepare(path))
+    assert 'is not UTF-8 at byte 6 (0xe5), where it ends within a character' in fails(capfd, lambda: prepare(path))
 
 
 def test_a_lone_surrogate_in_json_is_named_with_its_line(prepare, tmp_path, capfd):
@@ -288,6 +302,27 @@ def test_a_file_that_is_not_there_is_named(prepare, capfd):
     assert '--input=nope.txt: no such file' in fails(capfd, lambda: prepare('nope.txt'))
 
 
+@pytest.mark.parametrize('flags', [[], ['--name=x']])
+def test_a_pattern_that_matches_no_file_says_so(script, tmp_path, monkeypatch, capfd, flags):
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input=*.text', *flags])
+    message = fails(capfd, lambda: corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
+    assert '--input=*.text: the pattern matches no file' in message
+
+
+def test_a_pattern_gives_the_dataset_no_name(script, tmp_path, monkeypatch, capfd):
+    put(tmp_path / 'a.txt', TEXT)
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input=*.txt'])
+    message = fails(capfd, lambda: corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
+    assert '--input=*.txt gives the dataset no name; choose one with --name=' in message
+
+
+def test_a_pattern_passes_over_folders(prepare, script, tmp_path):
+    put(tmp_path / 'in' / 'a.txt', TEXT)
+    put(tmp_path / 'in' / 'deeper' / 'b.txt', TEXT)
+    prepare(tmp_path / 'in' / '*')
+    assert json.loads((script.parent / 'meta.json').read_text(encoding='utf-8'))['splits']['val']['n_tokens'] == 380
+
+
 def test_no_text_at_all_says_where_to_put_it(prepare, script, capfd):
     message = fails(capfd, lambda: prepare(where='A library has it'))
     assert '--input=PATH' in message and str(script.parent / 'input.txt') in message and 'A library has it' in message
@@ -305,11 +340,42 @@ def test_a_vocabulary_size_for_a_fixed_vocabulary_is_refused(prepare, capfd):
     assert 'vocab_size is for --tokenizer=bpe' in fails(capfd, lambda: prepare('--vocab_size=500'))
 
 
-def test_a_derived_name_never_overwrites_a_dataset_with_a_script(tmp_path, monkeypatch, capfd):
-    monkeypatch.setattr(sys, 'argv', ['prepare.py', str(put(tmp_path / 'plays.txt', TEXT))])
+@pytest.mark.parametrize('flags', [[], ['--name=plays']])
+def test_a_dataset_with_a_script_of_its_own_is_never_overwritten(tmp_path, monkeypatch, capfd, flags):
+    monkeypatch.setattr(sys, 'argv', ['prepare.py', str(put(tmp_path / 'plays.txt', TEXT)), *flags])
     put(tmp_path / 'data' / 'plays' / 'prepare.py', '')
     message = fails(capfd, lambda: corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
-    assert 'choose one with --name=' in message
+    assert 'data/plays has a prepare.py of its own; choose another name with --name=' in message
+    assert list(contents(tmp_path / 'data' / 'plays')) == ['prepare.py']
+
+
+def test_a_derived_name_never_replaces_another_text(tmp_path, monkeypatch, capfd):
+    def prepare(path, *flags):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', str(path), *flags])
+        corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py')
+    one, other = put(tmp_path / '1' / 'book.txt', TEXT), put(tmp_path / '2' / 'book.txt', TEXT.upper())
+    prepare(one)
+    prepare(one, '--tokenizer=byte')
+    before = contents(tmp_path / 'data' / 'book')
+    message = fails(capfd, lambda: prepare(other))
+    assert f'data/book holds 3,800 tokens (byte) of {one}; choose another name' in message
+    assert contents(tmp_path / 'data' / 'book') == before
+    prepare(other, '--name=book')
+    assert contents(tmp_path / 'data' / 'book') != before
+
+
+def test_what_a_dataset_held_is_told_when_it_is_replaced(prepare, script, tmp_path, capfd):
+    def told(*flags):
+        capfd.readouterr()
+        prepare(*flags)
+        return [line for line in capfd.readouterr().err.splitlines() if ' held ' in line]
+    one, other = put(tmp_path / 'a.txt', TEXT), put(tmp_path / 'b.txt', TEXT.upper())
+    assert told(one) == told(one) == []
+    assert told(other) == [f'data/x held 3,800 tokens (char) of {one}, which this replaced']
+    assert told(one, other, '--tokenizer=byte') == [f'data/x held 3,800 tokens (char) of {other}, which this replaced']
+    assert told(one) == [f'data/x held 7,602 tokens (byte) of {one} and 1 more, which this replaced']
+    (script.parent / 'meta.json').write_text('[]', encoding='utf-8')
+    assert told(one) == ['data/x held a train.bin of 6,840 bytes and no whole meta.json, which this replaced']
 
 
 def test_a_worker_that_dies_ends_prepare_with_a_line(prepare, tmp_path, capfd, monkeypatch):

@@ -291,7 +291,8 @@ def test_a_context_that_was_asked_for_crops_the_model(run, finetune_dir):
 def test_a_dataset_with_another_tokenizer_is_refused_for_a_folder_too(run, finetune_dir):
     done = run('train.py', *FINETUNE, '--dataset=tiny', '--block_size=8')
     assert done.status == 2
-    assert done.last_error.endswith('tiny is tokenized by char, hf by gpt2; prepare it with --tokenizer=gpt2')
+    assert done.last_error.endswith("tiny does not fit hf: its tokenizer is char, the model's is gpt2; prepare it with "
+                                    '--tokenizer=gpt2')
 
 
 def test_a_flag_that_contradicts_the_weights_is_refused(run, finetune_dir):
