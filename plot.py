@@ -4,8 +4,9 @@
     python plot.py out-a out-b --axis=minutes                  two runs compared: compare.png
     python plot.py out-* --axis=tokens --output=docs/runs.png
 
-Loss is in nats a token; between runs whose tokenizers differ, in bits per byte of text, which compare. A dot marks the
-best validation loss, the shaded part is overfitting: validation loss higher than there, training loss lower.
+Loss is in nats a token; between runs whose tokenizers differ, in bits per byte of text, which compare. The curves are
+of the fixed windows that every evaluation reads, with a dot at the best; a diamond is the last model on the whole
+validation split. The shaded part is overfitting: validation loss higher than at the dot, training loss lower.
 """
 import contextlib
 import shutil
@@ -14,8 +15,10 @@ from collections import namedtuple
 from itertools import accumulate
 from pathlib import Path
 
+import numpy as np
+
 from configurator import UserError, configure
-from lib.report import read_log
+from lib.report import read_log, warn
 
 out_dirs = 'out'  # the run folders
 axis = 'iterations'  # iterations | tokens | minutes
@@ -37,6 +40,21 @@ def read_run(folder):
     return Run(Path(folder).resolve().name, [r for r in records if 'iter' in r], [r for r in records if 'step' in r])
 
 
+def read_runs(folders):
+    """Return the Runs of those folders that have one, with a warning for each other; UserError where none has."""
+    runs, problems = [], []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            problems.append(error.message)
+    if not runs:
+        raise UserError('; '.join(problems))
+    for problem in problems:
+        warn(f'left out: {problem}')
+    return runs
+
+
 def series(records, x, y):
     """Return the lists of x and y of those records that have both as numbers."""
     points = [(r[x], r[y]) for r in records if all(isinstance(r.get(name), (int, float)) for name in (x, y))]
@@ -54,6 +72,11 @@ def overfitted(run):
     if top is None or None in (last.get('val_loss'), last.get('train_loss'), top.get('train_loss')):
         return False
     return last['val_loss'] > 1.01 * top['val_loss'] and last['train_loss'] < top['train_loss']
+
+
+def whole(run):
+    """Return the last model's loss over the whole validation split, which a finished run logs, or None."""
+    return run.evals[-1].get('whole_val_loss') if run.evals else None
 
 
 def bits_a_nat(run, split='val'):
@@ -76,6 +99,17 @@ def smooth(values, share=0.02):
     return [(total[i + half + 1] - total[i - half]) / (2 * half + 1) for i, half in enumerate(halves)]
 
 
+def roof(xs, ys):
+    """Return how high a picture of the curve has to be: the plunge at the beginning, at most the first twentieth, may
+    leave through the top where all else would get less than two thirds of the height. It is 0 without points.
+    """
+    if not xs:
+        return 0
+    early = xs[0] + 0.05 * (xs[-1] - xs[0])
+    later = max([np.interp(early, xs, ys), *(y for x, y in zip(xs, ys) if x >= early)])
+    return min(max(ys), min(ys) + 1.5 * (later - min(ys)))
+
+
 def sparkline(values, width):
     """Return `values` as a row of at most `width` bars, the lowest the smallest; each bar is the mean of its share."""
     if not values:
@@ -92,9 +126,10 @@ def summary(run, width=80):
     top = best(run)
     if top is None:
         return f'{run.name}: no evaluation in the log yet'
-    _, losses = series(run.evals, 'step', 'val_loss')
+    steps, losses = series(run.evals, 'step', 'val_loss')
     note = f'; overfitting since, now {losses[-1]:.4f}' if overfitted(run) else ''
-    ceiling = max(losses[1:] or losses)  # the plunge from the first evaluation would flatten all that follows
+    note += f'; last model, whole split: {whole(run):.4f}' if whole(run) else ''
+    ceiling = roof(steps, losses)
     bars = sparkline([min(loss, ceiling) for loss in losses], max(8, width - 20))
     return (f'{run.name}: best val loss {top["val_loss"]:.4f} at iter {top["step"]:,}{note}\n'
             f'  {losses[0]:.4f} {bars} {losses[-1]:.4f}')
@@ -155,6 +190,7 @@ def label_axis(ax, axis):
     """Name the horizontal axis, with thousands and millions written short."""
     ax.set_xlabel(axis)
     if axis != 'minutes':
+        ax.xaxis.get_major_locator().set_params(integer=True)
         ax.xaxis.set_major_formatter(short_ticks)
 
 
@@ -167,7 +203,7 @@ def short_ticks(value, _position=None):
 
 
 def draw_loss(ax, runs, axis):
-    """Draw training and validation loss, the best points and what is overfitting."""
+    """Draw training and validation loss, the best points, the whole split and what is overfitting."""
     x_update, x_eval = AXES[axis]
     bits, lone, low, high = in_bits(runs), len(runs) == 1, [], []
     for i, run in enumerate(runs):
@@ -176,31 +212,40 @@ def draw_loss(ax, runs, axis):
         scale, train_scale = (bits_a_nat(run), bits_a_nat(run, 'train') or bits_a_nat(run)) if bits else (1.0, 1.0)
         if lone:
             xs, ys = series(run.updates, x_update, 'loss')
-            ax.plot(xs, ys, color=train_color, alpha=0.25, linewidth=0.8, label='train, each update')
+            ax.plot(xs, ys, color=train_color, alpha=0.4, linewidth=0.8, label='train, each update')
             low += ys
-        xs, train = series(run.evals, x_eval, 'train_loss')
-        ax.plot(xs, [y * train_scale for y in train], color=train_color, linewidth=1.3, alpha=1 if lone else 0.5,
+            high.append(roof(xs, smooth(ys)))
+        train_xs, train = series(run.evals, x_eval, 'train_loss')
+        train = [y * train_scale for y in train]
+        ax.plot(train_xs, train, color=train_color, linewidth=1.3, alpha=1 if lone else 0.5,
                 linestyle='-' if lone else '--', label='train' if lone else None)
         xs, val = series(run.evals, x_eval, 'val_loss')
         val = [y * scale for y in val]
         ax.plot(xs, val, color=val_color, linewidth=1.8, marker='.', markersize=5, label='val' if lone else run.name)
-        low += val + [y * train_scale for y in train]
-        high += val[1:] or val
+        low += train + val
+        high += [roof(train_xs, train), roof(xs, val)]
         top = best(run)
         if top is None or x_eval not in top:
             continue
-        x, y = top[x_eval], top['val_loss'] * scale
+        x, y, last = top[x_eval], top['val_loss'] * scale, scale * (whole(run) or 0)
         where = f'{x:,}' if axis == 'iterations' else short_ticks(x)
-        ax.plot([x], [y], 'o', color=val_color, markersize=9, markeredgecolor='white', zorder=5,
-                label=f'{"" if lone else "    "}best {y:.4f} at {where}')
+        told = f'best val {y:.4f} at {where}, fixed windows' if lone else f'    best {y:.4f} at {where}'
+        if last and not lone:
+            told += f'; whole split {last:.4f}'
+        ax.plot([x], [y], 'o', color=val_color, markersize=9, markeredgecolor='white', zorder=5, label=told)
+        if last:
+            low, high = [*low, last], [*high, last]
+            ax.plot([xs[-1]], [last], 'D', color='black', markersize=7, markerfacecolor='none', zorder=6,
+                    label=f'last model {last:.4f}, whole val split' if lone else None)
         if overfitted(run):
             ax.axvspan(x, xs[-1], color=val_color, alpha=0.08, linewidth=0, label='overfitting' if lone else None)
     unit = 'bits per byte' if bits else 'nats a token'
-    ax.set_title(f'{runs[0].name}: loss, {unit}' if lone else f'validation loss (dashed: training), {unit}')
+    marks = 'dashed: training; dot: best of the fixed windows; diamond: last model, whole split'
+    ax.set_title(f'{runs[0].name}: loss, {unit}' if lone else f'validation loss, {unit} ({marks})')
     label_axis(ax, axis)
-    if high and max(high) > min(low):
-        room = max(high) - min(low)  # the plunge before the second evaluation may leave through the top
-        ax.set_ylim(min(low) - 0.05 * room, max(high) + 0.15 * room)
+    if low and max(high) > min(low):
+        room = 0.05 * (max(high) - min(low))
+        ax.set_ylim(min(low) - room, max(high) + room)
     if ax.lines:
         ax.legend(loc='best')
     if not any(run.updates or run.evals for run in runs):
@@ -214,7 +259,7 @@ def draw_small(ax, runs, axis, name, title):
         xs, ys = series(run.updates, AXES[axis][0], name)
         color, usual = COLORS[i % len(COLORS)], ys if name == 'lr' else smooth(ys)
         ax.plot(xs, ys, color=color, alpha=0.2, linewidth=0.7)
-        ax.plot(xs, usual, color=color, linewidth=1.3)
+        ax.plot(xs, usual, color=color, linewidth=1.3, marker='.' if len(xs) == 1 else None)
         top = max([top, *usual])
     ax.set_title(title)
     ax.set_ylim(0, 1.5 * top if name == 'grad_norm' and top else None)
@@ -229,10 +274,11 @@ def check(s):
 
 def main():
     configure(globals(), check=check, words='out_dirs')
-    runs = [read_run(folder) for folder in out_dirs.split('\n')]
+    folders = out_dirs.split('\n')
+    runs = read_runs(folders)
     for run in runs:
         print(summary(run, shutil.get_terminal_size().columns))
-    path = Path(output or (f'{out_dirs}/loss.png' if len(runs) == 1 else 'compare.png'))
+    path = Path(output or (f'{out_dirs}/loss.png' if len(folders) == 1 else 'compare.png'))
     try:
         note = draw(runs, path, axis)
     except ImportError:

@@ -14,8 +14,11 @@ import plot  # noqa: E402
 FALL, RISE = [4.0, 3.0, 2.5, 2.4], [4.0, 3.0, 3.2, 3.5]
 
 
-def write_run(folder, val, train=FALL, bits=1.44, per_eval=5):
-    """Write a log.jsonl with an evaluation for each loss and some updates between; returns the folder."""
+def write_run(folder, val, train=FALL, bits=1.44, per_eval=5, whole=None):
+    """Write a log.jsonl with an evaluation for each loss and some updates between; returns the folder.
+
+    whole: the loss over the whole validation split, which the last evaluation of a finished run has.
+    """
     folder.mkdir()
     records = []
     for i, (a, b) in enumerate(zip(train, val)):
@@ -24,6 +27,8 @@ def write_run(folder, val, train=FALL, bits=1.44, per_eval=5):
                         'tokens': step * 32, 'minutes': step / 10})
         records += [{'iter': step + j, 'loss': a, 'lr': 1e-3, 'grad_norm': 1.0, 'tok_s': 5000.0, 'mfu': None,
                      'tokens': (step + j + 1) * 32, 'minutes': (step + j + 1) / 10} for j in range(per_eval)]
+    if whole:
+        next(r for r in reversed(records) if 'step' in r).update(whole_val_loss=whole)
     (folder / 'log.jsonl').write_text(''.join(json.dumps(r) + '\n' for r in records), encoding='utf-8')
     return folder
 
@@ -54,6 +59,24 @@ def test_several_runs_become_compare_png_in_the_working_directory(run, tmp_path,
     write_run(tmp_path / 'a', FALL), write_run(tmp_path / 'b', RISE)
     done = run('plot.py', 'a', 'b')
     assert 'wrote compare.png' in done.out and (tmp_path / 'compare.png').exists()
+
+
+def test_of_several_folders_those_without_a_log_are_a_warning_each_and_the_rest_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write_run(tmp_path / 'a', FALL)
+    for name in 'bc':
+        (tmp_path / name).mkdir()
+    (tmp_path / 'b' / '.lock').touch(), (tmp_path / 'c' / 'log.jsonl').touch()
+    done = run('plot.py', 'a', 'b', 'c')
+    assert done.status == 0 and 'wrote compare.png' in done.out and 'c: no evaluation in the log yet' in done.out
+    assert done.err.startswith('warning: left out: b/log.jsonl') and len(done.err.splitlines()) == 1
+
+
+def test_several_folders_without_any_log_are_one_error_that_names_them(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = run('plot.py', 'a', 'b')
+    assert done.status == 1 and len(done.err.splitlines()) == 1 and {'a/log.jsonl:', 'b/log.jsonl:'} <= set(
+        done.err.split())
 
 
 @pytest.mark.parametrize('axis', plot.AXES)
@@ -136,9 +159,42 @@ def test_runs_that_know_no_bytes_are_compared_in_nats(tmp_path):
     assert not plot.in_bits(runs)
 
 
-def test_the_curve_begins_before_the_second_evaluation_but_the_axis_fits_what_follows(tmp_path):
-    ax = loss_axes([plot.read_run(write_run(tmp_path / 'a', [11.0, 3.0, 2.5, 2.4], train=[11.0, 3.0, 2.5, 2.4]))])
-    assert ax.get_ylim()[1] < 5
+@pytest.mark.parametrize('n', [2, 3, 10])
+def test_a_short_run_is_on_the_picture_from_its_first_evaluation_on(tmp_path, n):
+    losses = [2.0 + 2.2 * 0.7 ** i for i in range(n)]
+    train = [0.95 * loss for loss in losses]
+    low, high = loss_axes([plot.read_run(write_run(tmp_path / 'a', losses, train=train))]).get_ylim()
+    assert low < train[-1] < losses[0] < high
+
+
+def test_the_plunge_of_a_long_run_leaves_through_the_top_so_that_the_rest_can_be_read(tmp_path):
+    losses = [11.0, *(3 - 0.006 * i for i in range(100))]
+    ax = loss_axes([plot.read_run(write_run(tmp_path / 'a', losses, train=losses))])
+    assert 3 < ax.get_ylim()[1] < 4
+
+
+def test_a_rise_after_the_beginning_stays_on_the_picture(tmp_path):
+    losses = [11.0, *(2 + 0.05 * i for i in range(100))]
+    ax = loss_axes([plot.read_run(write_run(tmp_path / 'a', losses, train=losses))])
+    assert ax.get_ylim()[1] > losses[-1]
+
+
+def test_the_whole_split_is_told_apart_from_the_best_of_the_fixed_windows(tmp_path):
+    run = plot.read_run(write_run(tmp_path / 'a', FALL, whole=2.45))
+    assert labels(loss_axes([run])).endswith('best val 2.4000 at 15, fixed windows last model 2.4500, whole val split')
+    assert 'best 2.4000 at 15; whole split 2.4500' in labels(loss_axes([run, run]))
+    assert 'best val loss 2.4000 at iter 15; last model, whole split: 2.4500\n' in plot.summary(run)
+
+
+def test_the_whole_split_is_in_bits_where_the_curves_are(tmp_path):
+    runs = [plot.read_run(write_run(tmp_path / name, FALL, bits=bits, whole=2.5)) for name, bits in
+            (('chars', 1.44), ('words', 0.4))]
+    assert 'best 0.9600 at 15; whole split 1.0000' in labels(loss_axes(runs))
+
+
+def test_a_run_that_has_not_ended_has_no_whole_split(tmp_path):
+    run = plot.read_run(write_run(tmp_path / 'a', FALL))
+    assert 'whole' not in labels(loss_axes([run])) + plot.summary(run)
 
 
 def test_a_name_that_no_font_can_write_is_one_line_and_still_a_picture(run, tmp_path, monkeypatch):
@@ -168,6 +224,11 @@ def test_smoothing_does_not_lag_behind_a_straight_line():
     ([1.0, 1.0, 8.0, 8.0], 2, '▁█')])
 def test_a_sparkline_spans_low_to_high_in_the_width(values, width, bars):
     assert plot.sparkline(values, width) == bars
+
+
+@pytest.mark.parametrize('losses, bars', [([4.0, 3.0], '4.0000 █▁ 3.0000'), ([4.0, 3.0, 2.8], '4.0000 █▂▁ 2.8000')])
+def test_a_run_of_few_evaluations_goes_down_in_the_terminal_as_it_did(tmp_path, losses, bars):
+    assert plot.summary(plot.read_run(write_run(tmp_path / 'a', losses))).splitlines()[1].strip() == bars
 
 
 @pytest.mark.parametrize('number, text', [(0, '0'), (500, '500'), (1000, '1k'), (2.5e6, '2.5M'), (0.006, '0.006')])

@@ -68,7 +68,13 @@ def clone(tmp_path_factory):
                        'data/sanzijing_char/input.txt': chinese, 'data/shuixu_char/input.txt': chinese,
                        'book.txt': english + chinese, 'prompt.txt': 'ROMEO:'}.items():
         (clone / path).write_text(text, encoding='utf-8')
+    git(clone, 'init'), git(clone, 'add', '.')
     return clone
+
+
+def git(folder, *arguments):
+    """Run git there; returns what it printed."""
+    return subprocess.run(['git', *arguments], cwd=folder, check=True, capture_output=True, encoding='utf-8').stdout
 
 
 @pytest.mark.parametrize('readme', ['README.md', 'README.zh.md'])
@@ -81,6 +87,7 @@ def test_the_commands_of(readme, clone):
     done = subprocess.run([sys.executable, '-c', DRIVER], input=json.dumps(jobs), cwd=clone, capture_output=True,
                           text=True, encoding='utf-8')
     assert done.returncode == 0, f'{done.stdout[-1500:]}\n{done.stderr[-1500:]}'
+    assert git(clone, 'ls-files', '--others', '--modified', '--exclude-standard') == ''  # all results are ignored
 
 
 def test_the_quick_start_is_two_commands():
