@@ -171,6 +171,13 @@ def test_packing_splits_any_text_as_encode_does(merger, seed):
     assert coder.pack([(text, True) for text in texts]).tolist() == expected
 
 
+@pytest.mark.parametrize('kept', [tokenizer.CUT, tokenizer.END])
+def test_packing_takes_its_own_marks_for_text_where_a_text_holds_them(merger, kept):
+    texts = [f'a  b{kept}c \n', '  d']
+    expected = [i for text in texts for i in merger.encode(text) + [merger.eot]]
+    assert merger.pack([(text, True) for text in texts]).tolist() == expected
+
+
 def test_a_text_without_a_safe_place_is_not_cut():
     assert train_bpe(['a'], 257).cut('a' * 1000, 500) == -1
 
