@@ -215,6 +215,11 @@ def preparing(tokenizer, million, side):
     return {'MB/s': size / took, 'MiB at peak': peak}
 
 
+def prepare_memory(side):
+    return {f'MiB at peak, {million} MB of text': preparing('gpt2', million, side)['MiB at peak']
+            for million in (50, 500)}
+
+
 PAIR, OURS = ('ours', 'nanoGPT'), ('ours',)
 ROWS = {  # name: (what, function, sides, at most so many turns)
     'train_small': ('training 0.8M, 12 x 64', partial(training, SMALL), PAIR, 9),
@@ -240,6 +245,7 @@ ROWS = {  # name: (what, function, sides, at most so many turns)
     'prepare_gpt2': ("preparing 22 MB, GPT-2's BPE", partial(preparing, 'gpt2', 22),
                      (*PAIR, 'tiktoken in one thread'), 9),
     'prepare_bpe': ('preparing 22 MB, own BPE, with its training', partial(preparing, 'bpe', 22), OURS, 9),
+    'prepare_memory': ("preparing 50 and 500 MB, GPT-2's BPE", prepare_memory, OURS, 1),
     'checkpoint': ('checkpoint of 124M', storing, ('ours', 'bare torch'), 9),
     'guards': ('guards of an update, 0.8M', guards, OURS, 9),
     'growth': ('growth from 4 layers x 256, context 128', growth, OURS, 1),

@@ -27,6 +27,7 @@ theirs = ''  # arguments of nanoGPT's train.py; '' none
 vs = ''  # folder of a nanoGPT checkout
 text = ''  # the file that the dataset was prepared from, for nanoGPT's prepare script
 seeds = '1,2,3'  # with commas between
+start = ''  # our last seed's model goes on from this, and the entry keeps what it wrote; '' none
 reach = 0.0  # tell, too, when a printed validation loss was this low for the first time; 0 off
 json = 'docs/training.json'  # file that the entry is added to
 
@@ -59,7 +60,7 @@ def copy_peer(data):
 
 
 def train(side, seed):
-    """Run a training command; returns (its quantities, [(second, validation loss) as printed])."""
+    """Run a training command; returns (its quantities, [(second, validation loss) as printed], a sample)."""
     out = Path(f'{side}-{seed}').absolute()
     if side == 'ours':
         command, cwd = [sys.executable, REPO / 'train.py', *shlex.split(ours), f'--seed={seed}'], Path.cwd()
@@ -70,18 +71,22 @@ def train(side, seed):
         command, cwd = [sys.executable, 'train.py', *shlex.split(theirs)], Path('peer')
     with contextlib.chdir(cwd):
         found, took, peak = watch([*command, f'--dataset={dataset}', f'--out_dir={out}'],
-                                  r'^step \d+: train loss [\d.]+, val loss ([\d.]+)')
-    history = [(second, float(match[1])) for second, match in found]
+                                  r'^step \d+: train loss ([\d.]+), val loss ([\d.]+)')
+    history = [(second, float(match[2])) for second, match in found]
     evaluated, _, _ = watch([sys.executable, REPO / 'evaluate.py', f'--out_dir={out}', f'--dataset={dataset}',
                              '--dtype=float32'], r': loss ([\d.]+), perplexity [\d.]+(?:, bpb ([\d.]+))?')
     loss, bpb = evaluated[-1][1].groups()
     quantities = {'val loss': float(loss), **({'val bits per byte': float(bpb)} if bpb else {}),
-                  'best val loss printed': min(loss for _, loss in history), 's, whole command': took,
-                  'MiB at peak': peak}
+                  'best val loss printed': min(loss for _, loss in history),
+                  'last train loss printed': float(found[-1][1][1]), 's, whole command': took, 'MiB at peak': peak}
     if reach:
         quantities[f's to val loss {reach:g}'] = next((s for s, loss in history if loss <= reach), float('inf'))
+    sample = []
+    if side == 'ours' and start:
+        sample, _, _ = watch([sys.executable, REPO / 'sample.py', f'--out_dir={out}', f'--start={start}',
+                              '--num_samples=1', '--max_new_tokens=150'], r'.*')
     shutil.rmtree(out)
-    return quantities, history
+    return quantities, history, '\n'.join(match[0].rstrip('\n') for _, match in sample)
 
 
 def main():
@@ -100,9 +105,10 @@ def main():
                 print(f'{name}, seed {seed}, {side}: {runs[side][-1][0]}', file=sys.stderr, flush=True)
     found = {name: {
         'what': what or name, 'command': shlex.join(['python', 'docs/measure.py', *sys.argv[1:]]), 'machine': about,
-        'seeds': seeds, 'sides': {side: {unit: summary([quantities[unit] for quantities, _ in each])
+        'seeds': seeds, 'sides': {side: {unit: summary([quantities[unit] for quantities, _, _ in each])
                                          for unit in each[0][0]} for side, each in runs.items()},
-        'histories': {side: [history for _, history in each] for side, each in runs.items()}}}
+        'histories': {side: [history for _, history, _ in each] for side, each in runs.items()},
+        **({'sample': runs['ours'][-1][2]} if start and ours else {})}}
     add(HOME / json, found)
     print('\n'.join(table(found)))
 
