@@ -246,7 +246,7 @@ def difference(data, model):
     if data['kind'] != model['kind']:
         return f"its tokenizer is {data['kind']}, the model's is {model['kind']}"
     if data['kind'] != 'char':
-        return 'both have a BPE, but learned from different texts'
+        return 'both have a BPE, but not the same one'
     lacks = sorted(set(data['chars']) - set(model['chars']))
     if lacks:
         shown = ', '.join(map(repr, lacks[:3])) + f' and {len(lacks) - 3:,} more' * (len(lacks) > 3)
