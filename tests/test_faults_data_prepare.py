@@ -408,11 +408,11 @@ def test_tokenizers_missing_says_what_to_install(monkeypatch):
 
 
 def test_gpt2_files_out_of_reach_name_the_cache_folder(monkeypatch):
-    tiktoken = pytest.importorskip('tiktoken')
+    load = pytest.importorskip('tiktoken.load')
 
-    def refuse(_):
+    def refuse(*_):
         raise ConnectionError('Name or service not known')
-    monkeypatch.setattr(tiktoken, 'get_encoding', refuse)
+    monkeypatch.setattr(load, 'read_file_cached', refuse)
     with pytest.raises(SystemExit, match='TIKTOKEN_CACHE_DIR'):
         tokenizer.gpt2().encode('x')
 
