@@ -33,7 +33,7 @@ class UserError(SystemExit):
 class Settings(dict):
     """Name -> value, with the `origins` of the values (a flag, 'FILE:LINE', or 'default') and the `errors` met.
 
-    whole: False where a config file could not be read, so that the values are not what the user meant.
+    whole: False where a config file or a word was not understood, so that the values are not what the user meant.
     """
 
     def __init__(self, values):
@@ -104,7 +104,8 @@ def _parse(argv, settings, words):
     while rest:
         word = rest.pop(0)
         if not word.startswith('--'):
-            if '=' in word and (name := word.lstrip('-').partition('=')[0]) in settings and not Path(word).exists():
+            if '=' in word and word.lstrip('-').partition('=')[0].replace('-', '_') in settings:
+                settings.whole = False
                 settings.errors.append(f'{word}: a setting begins with two hyphens: --{word.lstrip("-")}')
             else:
                 loose.append(word)
@@ -234,8 +235,9 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
         print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults))
         raise SystemExit(0)
     for stream in (sys.stdout, sys.stderr):
+        asked, _, handler = os.environ.get('PYTHONIOENCODING', '').partition(':')
         if hasattr(stream, 'reconfigure'):  # LC_ALL=C would choke on Chinese text
-            stream.reconfigure(encoding=None if 'PYTHONIOENCODING' in os.environ else 'utf-8', errors='replace')
+            stream.reconfigure(encoding=None if asked else 'utf-8', errors=handler or 'replace')
     sys.excepthook = _interrupted
     settings = resolve(defaults, argv, early, words)
     problems = settings.errors + (check(settings) if check and settings.whole else [])

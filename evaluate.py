@@ -28,7 +28,7 @@ out_dir = 'out'  # folder of the training run, relative to the working directory
 # what to measure on
 dataset = ''  # folder under data/; '' the one that the checkpoint was trained on, openwebtext for GPT-2
 split = 'val'  # val | train
-text = ''  # a text file instead of a dataset; '' none
+text = ''  # a text file instead of a dataset, its line ends as they are; '' none
 encoding = 'utf-8'  # of the text file, for example gb18030
 stride = 0  # tokens between the starts of windows, 1 to block_size; 0 block_size
 task = ''  # hellaswag | lambada; '' none
@@ -142,11 +142,12 @@ def run_text(model, tok, rt, state):
     if text:
         name, tokens = text, read_text(tok)
     else:
-        data = datasets.open_dataset(dataset or state.get('config', {}).get('dataset', 'openwebtext'), 1)
+        trained_on = state.get('config', {}).get('dataset', 'openwebtext')
+        data = datasets.open_dataset(dataset or trained_on, 1)
         if data.tokenizer != tok.spec:
+            advice = 'leave --dataset out' if dataset not in ('', trained_on) else 'prepare it as it was in training'
             raise UserError(f'dataset {data.name} does not fit this model: {difference(data.tokenizer, tok.spec)}; '
-                            f'{"leave --dataset out" if dataset else "prepare it as it was in training"}, or give a '
-                            "text with --text=FILE, which is read with the model's tokenizer")
+                            f"{advice}, or give a text with --text=FILE, which is read with the model's tokenizer")
         name, tokens = f'{split} of {data.name}', getattr(data, split)
     if len(tokens) < 2:
         raise UserError(f'{name} has {len(tokens)} tokens; a loss needs at least 2')

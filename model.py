@@ -475,10 +475,11 @@ def gpt2_files(source):
         try:
             return [hf_hub_download(f'openai-community/{source}', 'model.safetensors')]
         except Exception as error:  # network, hub, proxy and disk have their own kinds each
+            reason = (str(error).strip().splitlines() or [''])[0]
             raise ValueError(
-                f'cannot fetch {source}, and it is not cached ({type(error).__name__}); elsewhere save config.json and '
-                f'model.safetensors of huggingface.co/openai-community/{source} to a folder, copy it here and say '
-                '--init_from=FOLDER, or set HF_HOME to a cache that has it') from None
+                f'cannot fetch {source}, and it is not cached ({type(error).__name__}: {reason[:80]}); where there '
+                f'is a connection, save config.json and model.safetensors of huggingface.co/openai-community/{source} '
+                'to a folder, copy it here and say --init_from=FOLDER, or set HF_HOME to a cache that has it') from None
     folder = Path(source)
     index = folder / 'model.safetensors.index.json'
     try:

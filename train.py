@@ -309,7 +309,7 @@ def main():
             done = minutes / max_minutes if by_clock else iter_num / max(1, max_iters)
             stalled = patience > 0 and evaluations_since_best(history) >= patience
             last = done >= 1 or stalled or 0 < time_limit <= minutes
-            if last and history and history[-1][0] == saved_iter == iter_num:
+            if last and history and history[-1][0] == iter_num:
                 say(f'nothing left to do at iter {iter_num}: to train longer raise --max_iters, --max_minutes or '
                     '--patience, whichever ended the run')
 
@@ -329,7 +329,7 @@ def main():
                           'train_bpb': bits_per_byte(losses[0], data.train, len(data.train)),
                           'tokens': tokens_seen, 'minutes': clock()}
                 if last:  # the whole split is what other programs' numbers are compared with
-                    say('the last evaluation reads whole splits')
+                    say('the last evaluation reads the whole validation split')
                     losses, bpb = whole_losses(fast, model, rt, data)
                     record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
                 say(report.step_line(iter_num, *losses, bpb))

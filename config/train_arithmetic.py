@@ -10,7 +10,7 @@ wandb_run_name = 'mini-gpt'
 
 gradient_accumulation_steps = 1
 batch_size = 64
-block_size = 96  # the longest line has 82 characters
+block_size = 96  # the longest line has 87 characters
 n_layer = 4
 n_head = 4
 n_embd = 128

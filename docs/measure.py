@@ -82,7 +82,7 @@ def train(side, seed):
     if reach:
         quantities[f's to val loss {reach:g}'] = next((s for s, loss in history if loss <= reach), float('inf'))
     sample = []
-    if side == 'ours' and start:
+    if side == 'ours' and start and seed == int(seeds.split(',')[-1]):
         sample, _, _ = watch([sys.executable, REPO / 'sample.py', f'--out_dir={out}', f'--start={start}',
                               '--num_samples=1', '--max_new_tokens=150'], r'.*')
     shutil.rmtree(out)

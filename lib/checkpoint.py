@@ -56,6 +56,16 @@ def _link(source, target):
     os.replace(tmp, target)
 
 
+def _link_or_tell(source, target):
+    """Link as above; returns why it cannot be done, or ''. On Windows a file that another program reads stays."""
+    try:
+        _link(source, target)
+    except OSError as error:
+        target.with_name(f'{target.name}.tmp.{os.getpid()}').unlink(missing_ok=True)
+        return error.strerror or str(error)
+    return ''
+
+
 def _estimate(value):
     """Return the bytes of all tensors in `value`."""
     if isinstance(value, torch.Tensor):
@@ -67,8 +77,9 @@ def _estimate(value):
 def save(path, state, keep_previous=False, also=None):
     """Write `state` to `path` so that at every instant `path` holds the old file or the new one, whole.
 
-    keep_previous: what `path` held before stays as NAME.prev.SUFFIX. also: a second path that gets the same file.
-    Raises UserError when it cannot be written; the old file is then unchanged.
+    keep_previous: what `path` held before stays as NAME.prev.SUFFIX. also: a second path that gets the same file,
+    first: a run killed between the two does the steps to it again, and saves the same. Raises UserError naming what
+    cannot be written, which is then unchanged; the other path is written all the same.
     """
     path = Path(path)
     _check_plain(state, 'checkpoint')
@@ -78,8 +89,7 @@ def save(path, state, keep_previous=False, also=None):
             torch.save(state, f)
             f.flush()
             os.fsync(f.fileno())
-        if also is not None:  # first: a run killed behind this line does the steps to it again, and saves the same
-            _link(tmp, Path(also))
+        missed = _link_or_tell(tmp, Path(also)) if also is not None else ''
         if keep_previous and path.exists():
             _link(path, path.with_suffix(f'.prev{path.suffix}'))
         os.replace(tmp, path)
@@ -90,6 +100,8 @@ def save(path, state, keep_previous=False, also=None):
                         f'({str(error).splitlines()[0]}). What {path.name} held before is unchanged.') from error
     finally:
         tmp.unlink(missing_ok=True)
+    if missed:
+        raise UserError(f'could not write {also} ({missed}); what it held before is unchanged, and {path} is written')
 
 
 def load(path, mmap=False):

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import REPO, UserError, configure, describe
+from configurator import REPO, UserError, configure, describe, find_path
 from lib import sources
 from lib import tokenizer as tok
 from lib.tokenizer import encoded
@@ -269,7 +269,8 @@ def _coder(settings, chars, sample, many):
 
 def _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect):
     words, val_words = settings['input'].splitlines(), settings['val_input'].splitlines()
-    said = ' '.join(words[:1]) + f' and {len(words) - 1} more' * (len(words) > 1)
+    said = ' '.join(word if word.startswith('hub:') or '://' in word else str(find_path(word).resolve())
+                    for word in words)
     folder, called = script.parent, settings['name']
     derived = bool(words) and folder.name == 'text' and not called
     if derived:
@@ -279,7 +280,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         if (folder / 'prepare.py').exists() and (derived or folder != script.parent):
             raise UserError(f'data/{called} has a prepare.py of its own; choose another name with --name=...')
     old, held = _held(folder)
-    if derived and old.get('source', said) != said:  # nobody chose to replace it
+    if derived and held and old.get('source') != said:  # nobody chose to replace it
         raise UserError(f'data/{called} holds {held}; choose another name with --name=..., or replace it with '
                         f'--name={called}')
     own_text = not words and not (folder / 'input.txt').exists()
@@ -350,8 +351,9 @@ def _report(folder, coder, meta, n_chars):
         ids = coder.encode(line[:30])
         print(f'  {ids[:8]}{" ..." * (len(ids) > 8)} -> {coder.decode(ids)}')
     if n_chars < _TINY:
+        least = min(splits, key=lambda split: splits[split]['n_tokens'])
         print(f'warning: {n_chars:,} characters are few: a model will learn them by heart, and block_size must be '
-              f"below the {splits['val']['n_tokens']:,} tokens of the val split", file=sys.stderr)
+              f"below the {splits[least]['n_tokens']:,} tokens of the {least} split", file=sys.stderr)
     configs = [path.name for path in sorted((REPO / 'config').glob('*.py'), reverse=True)  # train_* before finetune_*
                if re.search(rf"^dataset = '{folder.name}'", path.read_text(encoding='utf-8'), re.M)]
     command = f'python train.py config/{[*configs, "train_shakespeare_char.py"][0]}'

@@ -49,12 +49,7 @@ def open_model(init_from, out_dir, dtype=torch.float32):
         path = Path(out_dir) / 'ckpt.pt'
         if not path.exists():
             raise UserError(f'{path} not found; train a model first, or name its folder with --out_dir')
-        try:
-            state = checkpoint.load(path, mmap=True)
-        except UserError as error:
-            earlier = path.with_name('last.prev.pt')
-            hint = f'; {earlier} is of the save before: copy it to {path}' if earlier.exists() else ''
-            raise UserError(error.message + hint) from None
+        state = checkpoint.load(path, mmap=True)
         if 'tokenizer' in state:
             spec = state['tokenizer']
         else:  # nanoGPT's: the tokenizer is known by the dataset's folder alone

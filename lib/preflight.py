@@ -176,7 +176,8 @@ def _check(s, opened):
     try:
         opened['data'] = dataset.open_dataset(s['dataset'], max(1, s['block_size']))
     except UserError as error:
-        first = '' if s.given('dataset') else '. For a first model: python train.py config/train_python_char.py'
+        first = ('' if s.given('dataset') or 'not found' not in error.message else '; for a first model: python '
+                 'data/python_char/prepare.py && python train.py config/train_python_char.py')
         return found + [error.message + first]
     if opened['resume'] and not found:
         found += _foreign_data(*opened['resume'], opened['data'])
@@ -196,8 +197,8 @@ def foreign_weights(name, data):
     except UserError as error:
         return [error.message]
     if spec != data.tokenizer:
-        return [f'dataset {data.name} does not fit {name}: {tokenizer.difference(data.tokenizer, spec)}; '
-                f'prepare it with --tokenizer={spec["kind"]}']
+        advice = f'; prepare it with --tokenizer={spec["kind"]}' if spec['kind'] in ('gpt2', 'byte') else ''
+        return [f'dataset {data.name} does not fit {name}: {tokenizer.difference(data.tokenizer, spec)}{advice}']
     return [f'dataset {data.name} has {data.vocab_size} tokens, {name} {size}'] * (data.vocab_size > size)
 
 

@@ -27,23 +27,29 @@ WAIT = 1.0  # seconds before the second try of a download; doubled for the third
 def encoding_problems(name):
     """Return what is wrong with the name of an encoding, in a list that is empty for a known one."""
     try:
-        codecs.lookup(name)
-    except LookupError:
+        ''.encode(name)
+    except (LookupError, ValueError):
         return [f'encoding={name} is unknown; for Chinese text try gb18030']
     return []
 
 
-def _advice(data, codec):
-    """Return how to go on with bytes that are not `codec`."""
-    if data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-        found = 'utf-16'
-    elif b'\0' in data or 100 * (len(data) - len(data.translate(None, _CONTROL))) > len(data):
-        return ' and does not look like text; leave it out, or give what it holds as plain text'
-    else:
-        found = next((codec for codec in ('utf-8', 'gb18030', 'cp1252') if _reads(data, codec)), '...')
-    if found == codecs.lookup(codec).name:
+def _advice(error, codec):
+    """Return how to go on with bytes that are not `codec`; what their encoding is can only be guessed."""
+    data = error.object
+    marks = {'utf-32': codecs.BOM_UTF32_LE, 'utf-16': (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
+    for name, mark in marks.items():
+        if data.startswith(mark) and codec != name:
+            return f'; its byte order mark says --encoding={name}'
+    if error.reason in ('unexpected end of data', 'incomplete multibyte sequence', 'truncated data'):
         return ', where it ends within a character; was it cut short?'
-    return f'; name its encoding, for example --encoding={found}, or save it as UTF-8'
+    if b'\0' in data or 100 * (len(data) - len(data.translate(None, _CONTROL))) > len(data):
+        return ' and does not look like text; leave it out, or give what it holds as plain text'
+    if not data[:error.start].isascii() and codecs.lookup(codec).name == 'utf-8':
+        return '; what stands before is, so this byte is damaged: mend it there'
+    guesses = [f'--encoding={name} ({use})' for name, use in (('gb18030', 'Chinese'), ('cp1252', 'Western European'))
+               if name != codec and _reads(data, name)]
+    return f'; try {" or ".join(guesses)} and look at the preview, or save it as UTF-8' if guesses else (
+        '; save it as UTF-8')
 
 
 def _reads(data, codec):
@@ -73,7 +79,7 @@ def chunks(path, codec):
             except UnicodeDecodeError as error:
                 at = done - len(error.object) + error.start
                 raise UserError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x})'
-                                f'{_advice(error.object, codec)}') from None
+                                f'{_advice(error, codec)}') from None
             except (EOFError, gzip.BadGzipFile, zlib.error) as error:
                 raise UserError(f'{path} is a damaged gzip file: {error}') from None
             if done == len(data):

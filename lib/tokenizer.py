@@ -34,6 +34,8 @@ QUICK_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"
 CUT, END = '\ufdd0', '\ufdd1'  # Unicode keeps these two for a program's own use; END marks the end of a document
 WHITE = np.zeros(0x110000, bool)  # what \s means to tiktoken's regular expressions
 WHITE[[*range(9, 14), 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029, 0x202f, 0x205f, 0x3000]] = True
+GPT2_MERGES = ('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
+               '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')  # its sha256
 TWINS = dict(zip('."\'<>-$', '。“‘《》—￥', strict=True))  # marks whose usual Chinese form is not their full-width form
 
 
@@ -190,24 +192,46 @@ class BPETokenizer(_Tokenizer):
         return found.end() if found else -1
 
 
+def byte_letters():
+    """Return {character: byte}, how GPT-2's files and Hugging Face's write bytes visibly; bytes are Latin-1 characters.
+
+    Printable ones are written as themselves, the rest as U+0100 and on. The order is that of GPT-2's first 256 ids.
+    """
+    shown = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
+    hidden = [chr(b) for b in range(256) if chr(b) not in shown]
+    return {**dict(zip(shown, shown, strict=True)), **{chr(256 + n): byte for n, byte in enumerate(hidden)}}
+
+
+def _encoding(tiktoken, name, tokens):
+    """Return the tiktoken Encoding of `tokens` (see `bpe`) and end-of-text."""
+    ranks = {token.encode('latin-1'): rank for rank, token in enumerate(tokens)}
+    return tiktoken.Encoding(name, pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
+
+
 def gpt2():
-    """Return GPT-2's tokenizer of 50,257 ids; its first use raises UserError where its files cannot be had."""
+    """Return GPT-2's tokenizer of 50,257 ids; its first use raises UserError where its file cannot be had.
+
+    tiktoken fetches, checks and caches the file. Its own way from there, which reads the vocabulary a second time in
+    JSON to compare, takes three times as long.
+    """
     def load(tiktoken):
         try:
-            return tiktoken.get_encoding('gpt2')
+            from tiktoken.load import read_file_cached
+            merges = read_file_cached(*GPT2_MERGES).decode()  # a title, then two parts a line, in the order of the ids
         except Exception as error:  # whatever the network or the cache may bring
-            raise UserError(f"GPT-2's BPE files could not be had ({type(error).__name__}: {str(error)[:100]}); go "
-                            'online once, or set TIKTOKEN_CACHE_DIR to a folder that holds them; char and byte '
+            raise UserError(f"GPT-2's BPE file could not be had ({type(error).__name__}: {str(error)[:100]}); go "
+                            'online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it; char and byte '
                             'tokenizers need no files') from None
+        letters, line_end = byte_letters(), chr(0x200)
+        read = str.maketrans({**letters, ' ': '', '\n': line_end})
+        return _encoding(tiktoken, 'gpt2', [*letters.values(), *merges.translate(read).split(line_end)[1:-1]])
     return BPETokenizer({'kind': 'gpt2'}, 50257, load)
 
 
 def bpe(tokens):
     """Return the BPE of `tokens`: strings whose characters (below 256) are bytes, in the order they were learned."""
-    def load(tiktoken):
-        ranks = {token.encode('latin-1'): rank for rank, token in enumerate(tokens)}
-        return tiktoken.Encoding('bpe', pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)})
-    return BPETokenizer({'kind': 'bpe', 'tokens': list(tokens)}, len(tokens) + 1, load)
+    return BPETokenizer({'kind': 'bpe', 'tokens': list(tokens)}, len(tokens) + 1,
+                        lambda tiktoken: _encoding(tiktoken, 'bpe', tokens))
 
 
 def train_bpe(texts, vocab_size):
@@ -221,15 +245,13 @@ def train_bpe(texts, vocab_size):
         from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     except ImportError:
         raise UserError('training a BPE needs the package tokenizers: pip install tokenizers') from None
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # the library writes each byte as a visible character:
-    hidden = sorted(set(range(256)) - set(map(ord, letters)))  # a Latin-1 one as itself, the rest as U+0100 and on
-    byte_of = {c: chr(ord(c) if ord(c) < 256 else hidden[ord(c) - 256]) for c in letters}
+    letters = byte_letters()
     learner = Tokenizer(models.BPE())
     learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
     learner.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=vocab_size - 1, initial_alphabet=letters, show_progress=False))
+        vocab_size=vocab_size - 1, initial_alphabet=sorted(letters), show_progress=False))
     ranked = sorted(learner.get_vocab().items(), key=lambda item: item[1])
-    return bpe([''.join(byte_of[c] for c in token) for token, _ in ranked])
+    return bpe([''.join(letters[c] for c in token) for token, _ in ranked])
 
 
 def from_spec(spec):
@@ -246,7 +268,7 @@ def difference(data, model):
     if data['kind'] != model['kind']:
         return f"its tokenizer is {data['kind']}, the model's is {model['kind']}"
     if data['kind'] != 'char':
-        return 'both have a BPE, but learned from different texts'
+        return 'both have a BPE, but not the same one'
     lacks = sorted(set(data['chars']) - set(model['chars']))
     if lacks:
         shown = ', '.join(map(repr, lacks[:3])) + f' and {len(lacks) - 3:,} more' * (len(lacks) > 3)

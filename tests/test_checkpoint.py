@@ -89,3 +89,11 @@ def test_a_platform_without_fcntl_or_folder_sync_saves_too(tmp_path, monkeypatch
     claim(tmp_path).close()
     save(tmp_path / 'last.pt', state(), keep_previous=True)
     assert newest(tmp_path)[1]['iter_num'] == 3
+
+
+def test_a_second_path_that_cannot_be_written_is_named_and_the_first_is_written(tmp_path):
+    (tmp_path / 'ckpt.pt').mkdir()
+    with pytest.raises(UserError, match=r'could not write .*ckpt.pt \(.*last.pt is written'):
+        checkpoint.save(tmp_path / 'last.pt', {'model': {}, 'model_args': {}}, also=tmp_path / 'ckpt.pt')
+    assert checkpoint.load(tmp_path / 'last.pt')
+    assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'last.pt']

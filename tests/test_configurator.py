@@ -32,7 +32,7 @@ def test_a_flag_is_read_as_the_type_of_the_default(words, name, value):
     (['--bias=2'], '--bias=2: expected True or False'), (['--batch_size'], '--batch_size needs a value'),
     (['--start', '--bias'], '--start needs a value'), (['--datset=x'], 'did you mean dataset?'),
     (['--zzz=1'], '--help lists them all'), (['nope.py'], 'config file nope.py not found'),
-    (['batch_size=3'], 'two hyphens: --batch_size=3'), (['-batch_size=3'], 'two hyphens: --batch_size=3')])
+    (['batch_size=3'], 'two hyphens: --batch_size=3'), (['-batch-size=3'], 'two hyphens: --batch-size=3')])
 def test_what_cannot_be_read_is_told(words, told):
     assert told in '\n'.join(resolve(DEFAULTS, words).errors)
 
@@ -128,7 +128,7 @@ def test_a_folder_in_place_of_a_config_file_is_told_from_a_missing_file(tmp_path
 
 def test_the_values_of_a_config_file_that_cannot_be_read_are_not_judged(config, capsys):
     config('a.py', 'batch_size = 1 +\n')
-    for words in (['a.py'], ['nope.py']):
+    for words in (['a.py'], ['nope.py'], ['dataset=x']):
         with pytest.raises(SystemExit):
             configure(dict(DEFAULTS), words, check=lambda s: ['the dataset is not prepared'])
         assert 'not prepared' not in capsys.readouterr().err
@@ -144,7 +144,8 @@ def test_ctrl_c_is_a_word_and_not_a_traceback():
     assert b'Traceback' in done.stderr and done.returncode == 1
 
 
-@pytest.mark.parametrize('name, wanted', [('ascii', b'??\n'), ('gb18030', '人之\n'.encode('gb18030'))])
+@pytest.mark.parametrize('name, wanted', [('ascii', b'??\n'), ('ascii:backslashreplace', b'\\u4eba\\u4e4b\n'),
+                                          ('gb18030', '人之\n'.encode('gb18030'))])
 def test_an_encoding_that_was_asked_for_is_used_and_what_it_lacks_is_a_question_mark(name, wanted):
     done = subprocess.run([sys.executable, '-c', SCRIPT + "print('\\u4eba\\u4e4b')"], cwd=REPO, capture_output=True,
                           env={**os.environ, 'PYTHONIOENCODING': name})

@@ -141,6 +141,14 @@ NASTY = ["'", "'s", "'ll", 'a', 'é', '人', '７', '9', '½', '_', ' ', '  ', '
          'ǅ', 'ª', '\ufeff']
 
 
+def test_gpt2s_tokenizer_is_tiktokens():
+    if not have_gpt2():
+        pytest.skip("GPT-2's BPE file is not here")
+    ours, theirs = tokenizer.gpt2()._encoding, pytest.importorskip('tiktoken').get_encoding('gpt2')
+    for part in ('_mergeable_ranks', '_special_tokens', '_pat_str'):
+        assert getattr(ours, part) == getattr(theirs, part)
+
+
 @pytest.fixture(scope='module', params=['gpt2', 'bpe'])
 def merger(request):
     """A BPE that merges what must not be torn: GPT-2's, or one that was raised on runs of anything."""

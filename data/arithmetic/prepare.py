@@ -7,8 +7,8 @@ A line is what a user types, up to the first =, the steps that lead to the answe
     12+34=46
     12-34=-22
     47*38=0266+1520~6871=1786      7*38 and 40*38, then their sum from the last digit to the first
-    47/12=1:12 2:24 3:36 4:48=3r11 the divisor's multiples until the number is reached, then quotient and remainder
-    97/4=1:4 2:8 3:12>17 1:4 2:8 3:12 4:16 5:20=24r1   long division: the tens (9), then what is left of them and 7
+    47/12=0:47 1:35 2:23 3:11=3r11 how often 12 was taken away, and what is left each time; quotient and remainder
+    97/4=0:9 1:5 2:1>0:17 1:13 2:9 3:5 4:1=24r1   long division: the tens (9), then what is left of them and 7
 
 A problem and its mirror image (34+12) are held out together.
 """
@@ -20,10 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib.corpus import prepare
 
 
-def multiples(b, x):
-    """Return the multiples of b up to the first that reaches x, which it does within ten."""
-    enough = next(k for k in range(1, 11) if k * b >= x)
-    return ' '.join(f'{k}:{k * b}' for k in range(1, enough + 1))
+def take_away(b, x):
+    """Return how b is taken away from x until less than b is left, which is so within nine times."""
+    return ' '.join(f'{k}:{x - k * b}' for k in range(x // b + 1))
 
 
 def line(a, op, b):
@@ -35,8 +34,8 @@ def line(a, op, b):
     left, steps = a, ''
     if a // 10 >= b:
         left = a // 10 % b * 10 + a % 10
-        steps = f'{multiples(b, a // 10)}>{left} '
-    return f'{a}/{b}={steps}{multiples(b, left)}={a // b}' + (f'r{a % b}' if a % b else '')
+        steps = f'{take_away(b, a // 10)}>'
+    return f'{a}/{b}={steps}{take_away(b, left)}={a // b}' + (f'r{a % b}' if a % b else '')
 
 
 def problems(seed=1337):
