@@ -155,9 +155,10 @@ def bits_per_byte(loss, split, n_targets):
 
 
 def whole_losses(fast, model, rt, data):
-    """Return ([train, val] loss, val bits per byte) over whole splits; of a long train split 2**20 tokens, spread."""
+    """Return ([train, val] loss, val bits per byte): of the whole validation split, and of as much training text."""
+    enough = max(len(data.val), 2**17)  # tokens; on a CPU ten times as many took longer than a training of minutes
     losses = [mean_loss(fast, model, rt, eval_windows(split, block_size, batch_size, rt.rank, rt.world_size, most))
-              for split, most in ((data.train, 2**20), (data.val, None))]
+              for split, most in ((data.train, enough), (data.val, None))]
     return losses, bits_per_byte(losses[1], data.val, len(data.val) - 1)
 
 
@@ -341,7 +342,8 @@ def main():
                     track({f'eval/{k}': v for k, v in record.items()}, iter_num)
                 if overfitting(history):
                     warn('overfitting: validation loss has risen for several evaluations while training loss '
-                         f'fell; ckpt.pt keeps iter {best_step(history)}')
+                         f'fell; {"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
+                         f'{best_step(history)}')
                 save(also_ckpt=better or always_save_checkpoint, must=last)
             if last:
                 break
