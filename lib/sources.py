@@ -44,7 +44,8 @@ def _advice(error, codec):
         return ', where it ends within a character; was it cut short?'
     if b'\0' in data or 100 * (len(data) - len(data.translate(None, _CONTROL))) > len(data):
         return ' and does not look like text; leave it out, or give what it holds as plain text'
-    if not data[:error.start].isascii() and codecs.lookup(codec).name == 'utf-8':
+    before = data[:error.start].decode('utf-8', 'ignore')  # two characters of another encoding may pass by chance
+    if codecs.lookup(codec).name == 'utf-8' and sum(not char.isascii() for char in before) > 10:
         return '; what stands before is, so this byte is damaged: mend it there'
     guesses = [f'--encoding={name} ({use})' for name, use in (('gb18030', 'Chinese'), ('cp1252', 'Western European'))
                if name != codec and _reads(data, name)]

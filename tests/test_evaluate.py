@@ -113,7 +113,7 @@ def test_a_text_that_is_not_utf8_is_refused_with_its_place_or_read_by_the_name_o
     save_run(workdir, chars='一二三四五六七八九十abcdef')
     (workdir / 'a.txt').write_text('一二三四五六七八九十' * 5, encoding='gb18030', newline='')
     done = run('evaluate.py', '--device=cpu', '--text=a.txt')
-    assert done.status == 1 and 'a.txt is not UTF-8 at byte 2 (0xb6); name its encoding' in done.last_error
+    assert done.status == 1 and 'a.txt is not UTF-8 at byte 2 (0xb6); try --encoding' in done.last_error
     assert '--encoding=gb18030' in done.last_error
     done = run('evaluate.py', '--device=cpu', '--text=a.txt', '--encoding=gb18030')
     assert done.status == 0 and '(49 targets' in done.out

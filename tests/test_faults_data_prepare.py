@@ -375,7 +375,7 @@ def test_what_a_dataset_held_is_told_when_it_is_replaced(prepare, script, tmp_pa
     assert told(one) == told(one) == []
     assert told(other) == [f'data/x held 3,800 tokens (char) of {one}, which this replaced']
     assert told(one, other, '--tokenizer=byte') == [f'data/x held 3,800 tokens (char) of {other}, which this replaced']
-    assert told(one) == [f'data/x held 7,602 tokens (byte) of {one} and 1 more, which this replaced']
+    assert told(one) == [f'data/x held 7,602 tokens (byte) of {one} {other}, which this replaced']
     (script.parent / 'meta.json').write_text('[]', encoding='utf-8')
     assert told(one) == ['data/x held a train.bin of 6,840 bytes and no whole meta.json, which this replaced']
 
