@@ -142,8 +142,7 @@ def growth(side):
         slope = statistics.linear_regression([0, 1, 2, 3], [statistics.math.log2(each) for each in us]).slope
         out |= {f'exponent of time a token in {what}': slope}
         out |= {f'us a token, {what} {size}': each for size, each in zip(sizes, us)}
-    return out | {f'MiB at peak, {million} MB of text': preparing('gpt2', million, side)['MiB at peak']
-                  for million in (2, 20, 200)}
+    return out | preparing_memory((2, 20, 200), side)
 
 
 def sampling(size, num_samples, max_new_tokens, side):
@@ -215,9 +214,9 @@ def preparing(tokenizer, million, side):
     return {'MB/s': size / took, 'MiB at peak': peak}
 
 
-def prepare_memory(side):
-    return {f'MiB at peak, {million} MB of text': preparing('gpt2', million, side)['MiB at peak']
-            for million in (50, 500)}
+def preparing_memory(sizes, side):
+    """Peak memory of preparing so many million bytes of text."""
+    return {f'MiB at peak, {million} MB of text': preparing('gpt2', million, side)['MiB at peak'] for million in sizes}
 
 
 PAIR, OURS = ('ours', 'nanoGPT'), ('ours',)
@@ -245,7 +244,7 @@ ROWS = {  # name: (what, function, sides, at most so many turns)
     'prepare_gpt2': ("preparing 22 MB, GPT-2's BPE", partial(preparing, 'gpt2', 22),
                      (*PAIR, 'tiktoken in one thread'), 9),
     'prepare_bpe': ('preparing 22 MB, own BPE, with its training', partial(preparing, 'bpe', 22), OURS, 9),
-    'prepare_memory': ("preparing 50 and 500 MB, GPT-2's BPE", prepare_memory, OURS, 1),
+    'prepare_memory': ("preparing 50 and 500 MB, GPT-2's BPE", partial(preparing_memory, (50, 500)), OURS, 1),
     'checkpoint': ('checkpoint of 124M', storing, ('ours', 'bare torch'), 9),
     'guards': ('guards of an update, 0.8M', guards, OURS, 9),
     'growth': ('growth from 4 layers x 256, context 128', growth, OURS, 1),

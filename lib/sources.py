@@ -38,7 +38,7 @@ def _advice(error, codec):
     data = error.object
     marks = {'utf-32': codecs.BOM_UTF32_LE, 'utf-16': (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
     for name, mark in marks.items():
-        if data.startswith(mark) and codec != name:
+        if data.startswith(mark) and codecs.lookup(codec).name != name:
             return f'; its byte order mark says --encoding={name}'
     if error.reason in ('unexpected end of data', 'incomplete multibyte sequence', 'truncated data'):
         return ', where it ends within a character; was it cut short?'

@@ -29,7 +29,7 @@ GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s
 # begins, the text before it splits as it would alone, and so does the text after it.
 SAFE_CUT = re.compile(r'\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?)，。；：！？、）」』”])')
 # Looking ahead makes the split slow. All that it does is to leave the last white space before a visible character out
-# of a run; text with a CUT put there is split in the same places by QUICK_SPLIT, three times as fast.
+# of a run; text with a CUT put there is split in the same places by QUICK_SPLIT, more than twice as fast.
 QUICK_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
 CUT, END = '\ufdd0', '\ufdd1'  # Unicode keeps these two for a program's own use; END marks the end of a document
 WHITE = np.zeros(0x110000, bool)  # what \s means to tiktoken's regular expressions
