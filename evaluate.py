@@ -83,7 +83,7 @@ def split_nats(model, rt, tokens, block_size, stride):
         starts, lengths, fresh = map(np.array, zip(*batch))
         idx, targets = tokens.batch(starts, int(lengths[0]))  # (B, T) each
         targets = targets.masked_fill(torch.arange(lengths[0]) < torch.tensor(lengths - fresh)[:, None], -1)
-        return float(model(*rt.put(idx, targets))[1]) * int(fresh.sum())
+        return float(model(*rt.put(idx, targets), loss_only=True)[1]) * int(fresh.sum())
 
     count = 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
     for window in report.watched(windows(len(tokens), block_size, stride), count, 'windows'):

@@ -111,6 +111,11 @@ def dropout(x, p):
     return x * (bits >= below - 32768).to(x.dtype).mul_(65536 / (65536 - below))
 
 
+def cross_entropy(logits, targets, reduction='mean'):
+    """Return the cross-entropy in nats of logits (n, V) by targets (n,), -1 where none counts; computed in float32."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction=reduction)
+
+
 class Dropout(nn.Dropout):
     def forward(self, x):
         return dropout(x, self.p) if self.training else x
@@ -253,8 +258,45 @@ class Block(nn.Module):
         return x + self.mlp(self.ln_2(x))
 
 
+class ChunkedLoss(torch.autograd.Function):
+    """Summed loss of many tokens, of which few have their logits in memory at a time.
+
+    The gradients are found chunk by chunk on the way forward, so nothing is computed twice (as Liger Kernel does,
+    arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, loss_of, x, weight, targets, rows):
+        """loss_of(x, weight, targets) is the summed loss of x (n, C) by weight (V, C) and targets (n,), n at most rows.
+
+        x is in the dtype to multiply in; weight's gradient is summed in that of weight.
+        """
+        recorded = x.requires_grad  # not in an evaluation
+        total, dx = torch.zeros((), device=x.device), torch.empty_like(x) if recorded else None
+        dw = torch.zeros_like(weight) if recorded and weight.requires_grad else None
+        w = weight.detach().to(x.dtype).requires_grad_(dw is not None)
+        for at in range(0, len(x), rows):
+            part = x.detach()[at:at + rows].requires_grad_(recorded)
+            with torch.set_grad_enabled(recorded):
+                loss = loss_of(part, w, targets[at:at + rows])
+            total += loss.detach()
+            if recorded:
+                dx[at:at + rows], *more = torch.autograd.grad(loss, [part, w] if w.requires_grad else [part])
+                if more:
+                    dw += more[0]
+        ctx.found = dx, dw
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):
+        (dx, dw), ctx.found = ctx.found, None
+        return None, dx.mul_(scale), None if dw is None else dw.mul_(scale), None, None
+
+
 class GPT(nn.Module):
     """The language model. `init=False` leaves the weights undefined, for a caller who fills them all."""
+    CHUNK = 2**24  # logits in memory at a time, where only the loss is asked for: 64 MiB in float32
 
     def __init__(self, config, init=True):
         super().__init__()
@@ -294,12 +336,13 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, loss_only=False):
         """Score the next token at every position of idx.
 
         idx: (B, T) token ids. targets: (B, T) the ids to predict, -1 where none counts. cache: a KVCache holding
         what came before idx; it grows by T. Returns (logits, loss): with targets all logits (B, T, V) and their mean
-        cross-entropy in nats, else the last position's logits (B, 1, V) and None. ValueError past block_size.
+        cross-entropy in nats, else the last position's logits (B, 1, V) and None. loss_only: None for the logits,
+        which then need not all be in memory. ValueError past block_size.
         """
         T, start = idx.size(1), cache.pos if cache is not None else 0
         if start + T > self.config.block_size:
@@ -321,13 +364,29 @@ class GPT(nn.Module):
             cache.pos += T
         if targets is None:
             return self._head(x[:, -1:]), None
+        if loss_only:
+            return None, self._loss(x.flatten(0, 1), targets.flatten())
         logits = self._head(x)
-        loss = F.cross_entropy(logits.view(-1, logits.size(-1)).float(), targets.reshape(-1), ignore_index=-1)
-        return logits, loss
+        return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _head(self, x):
-        logits, cap = self.lm_head(x), self.config.softcap
+        return self._cap(self.lm_head(x))
+
+    def _cap(self, logits):
+        cap = self.config.softcap
         return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+    def _loss(self, x, targets):
+        """Return the mean loss of x (n, C) by targets (n,), in chunks where the logits would be many."""
+        rows = max(1, self.CHUNK // self.config.vocab_size)
+        if len(x) <= rows or torch.compiler.is_compiling():  # compiled kernels keep fewer copies of them
+            return cross_entropy(self._head(x), targets)
+
+        def loss_of(x, weight, targets):
+            return cross_entropy(self._cap(F.linear(x, weight)), targets, 'sum')
+
+        summed = ChunkedLoss.apply(loss_of, x.to(self.dtype), self.lm_head.weight, targets, rows)
+        return summed / (targets != -1).sum()
 
     def compute_in(self, dtype):
         """Multiply matrices in `dtype`; weights, residual stream and norms stay as they are, which is float32."""

@@ -142,7 +142,7 @@ def mean_loss(fast, model, rt, batches):
             continue
         idx, targets = batch
         usual = idx.shape == (batch_size, block_size)
-        loss = (fast if usual else model)(*rt.put(idx, targets))[1]
+        loss = (fast if usual else model)(*rt.put(idx, targets), loss_only=True)[1]
         nats, count = nats + loss * targets.numel(), count + targets.numel()
     model.train()
     nats, count = rt.total(float(nats), count)
@@ -236,7 +236,7 @@ def main():
 
     def try_step(compiled):
         starts = eval_starts(len(data.train), block_size, 1, batch_size)[0]
-        compiled(*rt.put(*data.train.batch(starts, block_size)))[1].backward()
+        compiled(*rt.put(*data.train.batch(starts, block_size)), loss_only=True)[1].backward()
 
     fast = runtime.compile_or_fall_back(model, rt, settings.given('compile'), try_step)
     net = runtime.wrap(fast, rt, parallel)
@@ -375,7 +375,7 @@ def main():
                                       tokens_seen // block_size + micro * batch_size, batch_size)
                 idx, targets = rt.put(*data.train.batch(starts, block_size))  # (B, T) each
                 runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
-                loss = net(idx, targets)[1] * rt.world_size / micro_steps  # gradients end as the mean of all
+                loss = net(idx, targets, loss_only=True)[1] * rt.world_size / micro_steps  # gradients end as the mean of all
                 scaler.scale(loss).backward()
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)

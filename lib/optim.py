@@ -1,11 +1,25 @@
 """What torch.optim lacks: Muon for matrices beside AdamW for the rest, in one optimizer with one state."""
+import inspect
+
 import torch
 
 from configurator import UserError
 from lib.runtime import fast_bf16, share_like
 
 
-class MuonAdamW(torch.optim.AdamW):
+class AdamW(torch.optim.AdamW):
+    """torch's, without the import of torch's compiler, which takes as long as that of torch itself.
+
+    torch imports it at the first call of each method below, to tell it not to compile that one; nothing here would.
+    """
+    step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+
+for method in (AdamW.add_param_group, AdamW.state_dict, AdamW.load_state_dict, AdamW.zero_grad):
+    inspect.unwrap(method).__dynamo_disable = inspect.unwrap(method)  # where torch keeps what it has told
+
+
+class MuonAdamW(AdamW):
     """AdamW whose groups marked `matrices` are updated by Muon instead (Jordan et al. 2024, kellerjordan.github.io).
 
     Muon replaces the momentum of a matrix's gradient by the nearest semi-orthogonal matrix, so that every direction
@@ -81,7 +95,7 @@ def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type):
     """
     for group in groups:
         group['peak'] = muon_lr if kind == 'muon' and group['matrices'] else learning_rate
-    cls = MuonAdamW if kind == 'muon' else torch.optim.AdamW
+    cls = MuonAdamW if kind == 'muon' else AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
 
 

@@ -132,7 +132,7 @@ def test_nan_on_one_rank_stops_all_at_the_same_update_and_names_it(workdir, para
     poison = """
 import model
 real, calls = model.GPT.forward, []
-def forward(self, idx, targets=None, cache=None):
+def forward(self, idx, targets=None, cache=None, loss_only=False):
     logits, loss = real(self, idx, targets, cache)
     if self.training and rank == 1:
         calls.append(0)

@@ -32,7 +32,7 @@ def nan_at(monkeypatch):
     def install(update, times=1):
         real, calls = model_file.GPT.forward, []
 
-        def forward(self, idx, targets=None, cache=None):
+        def forward(self, idx, targets=None, cache=None, loss_only=False):
             logits, loss = real(self, idx, targets, cache)
             if self.training and loss is not None:
                 calls.append(0)
@@ -61,9 +61,9 @@ def test_where_the_host_learns_of_it_late_the_weights_have_stayed_as_they_were(r
     nan_at(3)
     poisoned, weights = model_file.GPT.forward, []
 
-    def forward(self, *args):
+    def forward(self, *args, **kwargs):
         weights.extend([self.lm_head.weight.detach().clone()] if self.training else [])
-        return poisoned(self, *args)
+        return poisoned(self, *args, **kwargs)
     monkeypatch.setattr(model_file.GPT, 'forward', forward)
     done = run('train.py', *TINY, '--eval_interval=100')
     assert done.status == 1 and 'the loss is nan' in done.last_error and ' at iter 3;' in done.last_error
@@ -102,7 +102,7 @@ def test_an_update_marked_as_not_finite_changes_no_weight_and_no_moment(kind):  
 def test_an_evaluation_that_is_not_finite_is_never_best_nor_saved(run, workdir, monkeypatch):  # fault 41
     real = model_file.GPT.forward
 
-    def forward(self, idx, targets=None, cache=None):
+    def forward(self, idx, targets=None, cache=None, loss_only=False):
         logits, loss = real(self, idx, targets, cache)
         return logits, loss if self.training or next(self.parameters()).grad is None and not seen else loss * np.inf
     seen = []

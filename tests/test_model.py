@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPT2_SIZES, GPTConfig
+from model import GPT, GPT2_SIZES, GPTConfig, cross_entropy
 
 VARIANTS = [{}, {'bias': False}, {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'mlp': 'relu2'}, {'mlp': 'swiglu'},
             {'qk_norm': True}, {'tie_weights': False}, {'softcap': 15.0},

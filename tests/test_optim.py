@@ -1,10 +1,12 @@
 """lib/optim.py: Muon, the fused AdamW, and a state that goes on."""
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 
-from configurator import UserError
+from configurator import REPO, UserError
 from lib.optim import make_optimizer, orthogonalize, restore, z_score
 from model import GPT, GPTConfig
 
@@ -26,6 +28,19 @@ def train(net, opt, steps, seed=3):
 
 def ours(net, kind='adamw', lr=1e-2, decay=0.1):
     return make_optimizer(kind, net.param_groups(decay, matrices_apart=kind == 'muon'), lr, 2e-2, (0.9, 0.95), 'cpu')
+
+
+def test_no_update_waits_for_the_import_of_torchs_compiler():
+    code = """if True:
+        import sys
+        from tests.test_optim import ours, tiny, train
+        for kind in ('adamw', 'muon'):
+            net = tiny()
+            opt = ours(net, kind)
+            train(net, opt, 1)
+            opt.load_state_dict(opt.state_dict())
+        print('torch._dynamo' in sys.modules)"""
+    assert subprocess.run([sys.executable, '-c', code], cwd=REPO, text=True, capture_output=True).stdout == 'False\n'
 
 
 def test_the_fused_adamw_is_torchs_adamw():

@@ -88,7 +88,7 @@ def test_total_batch_tokens_keeps_the_update_whatever_the_micro_batch(run, workd
 
 
 def test_too_little_memory_names_what_takes_less(run, workdir, monkeypatch):
-    def forward(self, *args):
+    def forward(self, *args, **kwargs):
         raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20.00 GiB\nand more')
     monkeypatch.setattr(GPT, 'forward', forward)
     done = run('train.py', *TINY)
