@@ -375,8 +375,8 @@ def main():
                                       tokens_seen // block_size + micro * batch_size, batch_size)
                 idx, targets = rt.put(*data.train.batch(starts, block_size))  # (B, T) each
                 runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
-                loss = net(idx, targets, loss_only=True)[1] * rt.world_size / micro_steps  # gradients end as the mean of all
-                scaler.scale(loss).backward()
+                loss = net(idx, targets, loss_only=True)[1] * rt.world_size / micro_steps
+                scaler.scale(loss).backward()  # gradients end as the mean of all
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)
             grad_norm = runtime.gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))

@@ -4,7 +4,8 @@ import math
 import pytest
 import torch
 
-from model import GPT, GPT2_SIZES, GPTConfig, cross_entropy
+import model
+from model import GPT, GPT2_SIZES, GPTConfig
 
 VARIANTS = [{}, {'bias': False}, {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'mlp': 'relu2'}, {'mlp': 'swiglu'},
             {'qk_norm': True}, {'tie_weights': False}, {'softcap': 15.0},
@@ -65,6 +66,35 @@ def test_the_loss_is_the_mean_cross_entropy_and_skips_minus_one():
     logp = logits.view(3, 12, 20).log_softmax(-1)
     by_hand = [-logp[b, t, targets[b, t]] for b in range(3) for t in range(12) if targets[b, t] >= 0]
     torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('options', [{}, {'tie_weights': False, 'softcap': 2.0}], ids=str)
+def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(options, dtype, monkeypatch):
+    net, idx, targets, sizes = make(**options), tokens(), tokens(seed=2), []
+    net.compute_in(dtype)
+    targets[0, 3:] = -1
+
+    def found(**how):
+        net.zero_grad()
+        loss = net(idx, targets, **how)[1] * 7
+        loss.backward()
+        return {'loss': loss.detach(), **{name: p.grad for name, p in net.named_parameters() if p.grad is not None}}
+
+    whole = found()
+    monkeypatch.setattr(GPT, 'CHUNK', 5 * 20)  # five rows of V logits
+    monkeypatch.setattr(model, 'cross_entropy', lambda logits, *args, of=model.cross_entropy: (
+        sizes.append(len(logits)) or of(logits, *args)))
+    chunked = found(loss_only=True)
+    assert sizes == [5] * 7 + [1]
+    close = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.03, rtol=0.03)
+    torch.testing.assert_close(chunked, whole, **close)
+    with torch.inference_mode():
+        torch.testing.assert_close(net(idx, targets, loss_only=True)[1] * 7, chunked['loss'])
+    net.lm_head.weight.requires_grad_(False)
+    frozen = found(loss_only=True)
+    assert 'lm_head.weight' not in frozen and 'transformer.wte.weight' in frozen or net.config.tie_weights
+    torch.testing.assert_close(frozen, {name: chunked[name] for name in frozen})
 
 
 @pytest.mark.parametrize('options', VARIANTS)
