@@ -307,7 +307,7 @@ def main():
     with runtime.Signals() as signals:
         while True:
             minutes, level = rt.maximum(clock(), signals.level)  # every rank goes by the same clock and signal
-            done = minutes / max_minutes if by_clock else iter_num / max(1, max_iters)
+            done = minutes / max_minutes if by_clock else iter_num / max_iters if max_iters else 1.0
             stalled = patience > 0 and evaluations_since_best(history) >= patience
             last = done >= 1 or stalled or 0 < time_limit <= minutes
             if last and history and history[-1][0] == iter_num:

@@ -7,6 +7,7 @@ import torch
 from conftest import TINY
 from kit import load
 
+from lib.dataset import open_dataset, train_starts
 from model import GPT
 
 
@@ -94,3 +95,53 @@ def test_too_little_memory_names_what_takes_less(run, workdir, monkeypatch):
     done = run('train.py', *TINY)
     assert done.status == 1 and 'Tried to allocate 20.00 GiB' in done.last_error
     assert all(flag in done.last_error for flag in ('--batch_size', '--total_batch_tokens', '--checkpoint_activations'))
+
+
+def plain_loss(w, idx, targets, n_layer, n_head):
+    """GPT-2's loss by the weights w, in plain float32: no kernel that fuses, no cast, no chunk."""
+    def norm(x, name):
+        x = x - x.mean(-1, keepdim=True)
+        return x / (x.square().mean(-1, keepdim=True) + 1e-5).sqrt() * w[f'{name}.weight']
+
+    def heads(x):
+        return x.unflatten(-1, (n_head, -1)).transpose(1, 2)  # (B, nh, T, hs)
+    T = idx.size(1)
+    x = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][:T]
+    for h in (f'transformer.h.{layer}' for layer in range(n_layer)):
+        q, k, v = map(heads, (norm(x, f'{h}.ln_1') @ w[f'{h}.attn.c_attn.weight'].T).chunk(3, -1))
+        scores = (q @ k.mT / math.sqrt(q.size(-1))).masked_fill(~torch.ones(T, T).tril().bool(), -math.inf)
+        x = x + (scores.softmax(-1) @ v).transpose(1, 2).flatten(2) @ w[f'{h}.attn.c_proj.weight'].T
+        inner = norm(x, f'{h}.ln_2') @ w[f'{h}.mlp.c_fc.weight'].T
+        x = x + inner * (1 + torch.erf(inner / math.sqrt(2))) / 2 @ w[f'{h}.mlp.c_proj.weight'].T
+    logp = (norm(x, 'transformer.ln_f') @ w['transformer.wte.weight'].T).log_softmax(-1)
+    return -logp.gather(-1, targets[..., None]).mean()
+
+
+def test_float32_is_plain_float32_arithmetic(run, workdir, monkeypatch):
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
+    flags = [*TINY, '--dtype=float32', *(f'--{k}={v}' for k, v in sizes.items())]
+    monkeypatch.setattr(GPT, 'CHUNK', 100)  # so that the loss comes in chunks
+    run('train.py', *flags, '--max_iters=0', '--out_dir=first')
+    done = run('train.py', *flags, '--max_iters=20', '--gradient_accumulation_steps=2', '--batch_size=4',
+               '--learning_rate=1e-3', '--warmup_iters=0', '--decay_lr=False', '--grad_clip=0.5', '--beta1=0.9',
+               '--beta2=0.99', '--weight_decay=0.1')
+    assert done.status == 0, done.err
+    assert load('first/ckpt.pt')['iter_num'] == 0
+    w = {name: p.requires_grad_() for name, p in load('first/ckpt.pt')['model'].items() if name != 'lm_head.weight'}
+    data = open_dataset('tiny', 8).train
+    m, v = ({name: torch.zeros_like(p) for name, p in w.items()} for _ in 'mv')
+    for step in range(1, 21):
+        starts = train_starts('epochs', 1337, len(data), 8, (step - 1) * 8, 8)
+        idx, targets = data.batch(starts, 8)
+        grads = torch.autograd.grad(plain_loss(w, idx, targets, 2, 2), list(w.values()))
+        norm = sum(g.square().sum() for g in grads).sqrt()
+        with torch.no_grad():
+            for (name, p), g in zip(w.items(), grads):
+                g = g * min(1.0, 0.5 / (float(norm) + 1e-6))
+                m[name] = 0.9 * m[name] + 0.1 * g
+                v[name] = 0.99 * v[name] + 0.01 * g * g
+                p.mul_(1 - 1e-3 * 0.1 if p.dim() > 1 else 1.0)
+                p.sub_(1e-3 * m[name] / (1 - 0.9**step) / ((v[name] / (1 - 0.99**step)).sqrt() + 1e-8))
+    trained = load('out/last.pt')['model']
+    for name, p in w.items():
+        torch.testing.assert_close(trained[name], p.detach(), atol=2e-5, rtol=1e-4, msg=lambda text: f'{name}: {text}')
