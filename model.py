@@ -141,16 +141,16 @@ class KVCache:
 
     def __init__(self, config, batch_size, device, dtype):
         shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype)
-        self.v = torch.empty(shape, device=device, dtype=dtype)
+        self.k = torch.empty(shape, device=device, dtype=dtype).unbind()  # a tensor for each layer
+        self.v = torch.empty(shape, device=device, dtype=dtype).unbind()
         self.pos = 0
 
     def extend(self, layer, k, v):
         """Store k and v (B, nh, T, hs) of a layer behind `pos`; return all of its so far (B, nh, pos + T, hs)."""
-        end = self.pos + k.size(2)
-        self.k[layer, :, :, self.pos:end] = k
-        self.v[layer, :, :, self.pos:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        T = k.size(2)
+        for kept, new in ((self.k[layer], k), (self.v[layer], v)):
+            kept.narrow(2, self.pos, T).copy_(new)
+        return self.k[layer].narrow(2, 0, self.pos + T), self.v[layer].narrow(2, 0, self.pos + T)
 
 
 def rope_table(block_size, hs):

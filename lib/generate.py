@@ -70,7 +70,8 @@ def _read_once(model, prompt, num_samples, dtype):
     if num_samples == 1:
         return logits, one
     cache = KVCache(model.config, num_samples, prompt.device, dtype)
-    cache.k[..., :one.pos, :], cache.v[..., :one.pos, :] = one.k[..., :one.pos, :], one.v[..., :one.pos, :]
+    for kept, read in zip(cache.k + cache.v, one.k + one.v):  # (B, nh, S, hs) and (1, nh, S, hs), of each layer
+        kept[:, :, :one.pos] = read[:, :, :one.pos]
     cache.pos = one.pos
     return logits, cache
 
