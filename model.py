@@ -75,6 +75,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         dtype = self.compute_dtype or self.weight.dtype
+        if x.dtype == self.weight.dtype == dtype:  # no casts to call: a twentieth of the time of a small model's token
+            return F.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
         return F.linear(x.to(dtype), self.weight.to(dtype), bias)
 
