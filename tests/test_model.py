@@ -68,6 +68,19 @@ def test_the_loss_is_the_mean_cross_entropy_and_skips_minus_one():
     torch.testing.assert_close(loss, torch.stack(by_hand).mean())
 
 
+@pytest.mark.parametrize('n_out', [1024, 1029])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('n_rows', [1, 64, 65])
+def test_few_rows_by_a_large_matrix_are_dealt_out_and_equal(n_rows, bias, n_out, monkeypatch):
+    x, weight = torch.randn(n_rows, 1, 256), torch.randn(n_out, 256)
+    bias, calls, bmm = torch.randn(n_out) if bias else None, [], torch.bmm
+    monkeypatch.setattr(torch, 'bmm', lambda *args: calls.append(1) or bmm(*args))
+    with torch.no_grad():
+        y = model.linear(x, weight, bias)
+    assert len(calls) == (n_rows <= 64)
+    torch.testing.assert_close(y, x @ weight.T + (0 if bias is None else bias), atol=1e-4, rtol=1e-5)
+
+
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize('options', [{}, {'tie_weights': False, 'softcap': 2.0}], ids=str)
 def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(options, dtype, monkeypatch):
