@@ -144,4 +144,4 @@ def test_float32_is_plain_float32_arithmetic(run, workdir, monkeypatch):
                 p.sub_(1e-3 * m[name] / (1 - 0.9**step) / ((v[name] / (1 - 0.99**step)).sqrt() + 1e-8))
     trained = load('out/last.pt')['model']
     for name, p in w.items():
-        torch.testing.assert_close(trained[name], p.detach(), atol=2e-5, rtol=1e-4, msg=lambda text: f'{name}: {text}')
+        torch.testing.assert_close(trained[name], p.detach(), atol=2e-5, rtol=1e-4)
