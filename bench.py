@@ -132,17 +132,24 @@ def finetuning(side):
     return found
 
 
+def exponent(sizes, values):
+    """Return the slope of log(values) over log(sizes)."""
+    return statistics.linear_regression(*([statistics.math.log(each) for each in row] for row in (sizes, values))).slope
+
+
 def growth(side):
-    """Fit exponents: time a token as one size doubles three times, and memory as the corpus grows 100 x."""
+    """Fit exponents: time a token as one size doubles three times, beside that of the FLOPs; memory with the corpus."""
     base, out = {**SMALL, 'n_embd': 256, 'block_size': 128}, {}
     for name, what in (('n_layer', 'layers'), ('n_embd', 'width'), ('block_size', 'context')):
         sizes = [base[name] * 2**i for i in range(4)]
         shapes = [{**base, name: size} for size in sizes]
-        us = [1e6 / training({**s, 'batch_size': 2048 // s['block_size']}, side)['tokens/s'] for s in shapes]
-        slope = statistics.linear_regression([0, 1, 2, 3], [statistics.math.log2(each) for each in us]).slope
-        out |= {f'exponent of time a token in {what}': slope}
+        shapes = [{**shape, 'batch_size': 2048 // shape['block_size']} for shape in shapes]
+        us = [1e6 / training(shape, side)['tokens/s'] for shape in shapes]
+        out |= {f'exponent of time a token in {what}': exponent(sizes, us),
+                f'exponent of FLOPs a token in {what}': exponent(sizes, inside('flops', shapes))}
         out |= {f'us a token, {what} {size}': each for size, each in zip(sizes, us)}
-    return out | preparing_memory((2, 20, 200), side)
+    memory = preparing_memory((2, 20, 200), side)
+    return out | {'exponent of memory in text': exponent((2, 20, 200), memory.values())} | memory
 
 
 def sampling(size, num_samples, max_new_tokens, side):

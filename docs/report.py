@@ -3,7 +3,8 @@
     python docs/report.py
 
 A table stands between the lines `<!-- table FILE: NAME ... -->` and `<!-- end -->`; a name may end in *. What is
-between them is replaced by what the file has under these names, with the commands and the machine.
+between them is replaced by what the file has under these names, with the commands and the machine. The row growth is
+drawn as well, as growth.png.
 """
 import fnmatch
 import re
@@ -42,7 +43,35 @@ def fill(text, folder):
     return re.sub(r'(<!-- table (\S+): (.*?) -->)\n.*?(<!-- end -->)', replace, text, flags=re.S)
 
 
+def draw_growth(entry, path):
+    """Draw a picture: time a token by each size of a model, and memory by the text that is prepared."""
+    import matplotlib
+    matplotlib.use('Agg')
+    from matplotlib import pyplot as plt
+    values = {unit: summary['median'] for unit, summary in entry['sides']['ours'].items()}
+    fig, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout='constrained')
+    panels = [(what, rf'us a token, {what} (\d+)', f'exponent of time a token in {what}',
+               f'exponent of FLOPs a token in {what}', 'us a token') for what in ('layers', 'width', 'context')]
+    panels += [('MB of text', r'MiB at peak, (\d+) MB of text', 'exponent of memory in text', '', 'MiB at peak')]
+    for ax, (what, pattern, fitted, expected, label) in zip(axes, panels):
+        points = [(int(match[1]), y) for unit, y in values.items() if (match := re.match(pattern, unit))]
+        x, y = zip(*points)
+        ax.loglog(x, y, 'o-', base=2, label=f'measured, exponent {values[fitted]:.2f}')
+        slope = values.get(expected, 0.0)
+        ax.loglog(x, [y[-1] * (size / x[-1])**slope for size in x], '--', color='gray', base=2,
+                  label=f'expected, exponent {slope:.2f}')
+        ax.set(xlabel=what, xticks=x, xticklabels=x, ylabel=label, ylim=(min(y) / 2, max(y) * 2))
+        ticks = [tick for tick in (10, 20, 50, 100, 200, 500, 1000) if min(y) / 2 <= tick <= max(y) * 2]
+        ax.set_yticks(ticks, labels=ticks)
+        ax.minorticks_off()
+        ax.legend(fontsize=8, loc='upper left')
+    fig.suptitle(f'{entry["what"]}; {entry["machine"]["cpu"]}, {entry["machine"]["isa"]}', fontsize=10)
+    fig.savefig(path, dpi=90)
+
+
 def main():
+    if entry := next(iter(chosen(PAGE.with_name('bench.json'), ['growth*']).values()), None):
+        draw_growth(entry, PAGE.with_name('growth.png'))
     PAGE.write_text(fill(PAGE.read_text(encoding='utf-8'), PAGE.parent), encoding='utf-8')
     print(f'{PAGE} is up to date')
 

@@ -53,6 +53,13 @@ def write_checkpoint(name, args, dataset):
     return {}
 
 
+def flops(sizes):
+    """Return the FLOPs that each size, with its batch_size, spends on a token of training."""
+    from model import GPT, GPTConfig
+    shapes = ({key: value for key, value in size.items() if key != 'batch_size'} for size in sizes)
+    return [GPT(GPTConfig(vocab_size=65, bias=False, **shape), init=False).flops_per_token() for shape in shapes]
+
+
 def profile(argv, trace):
     """Run train.py, but for its final evaluation, under torch's profiler; writes the trace, returns where time went."""
     import train

@@ -39,6 +39,19 @@ def test_a_command_that_fails_is_named_with_its_last_words(workdir):
         raise AssertionError
 
 
+def test_growth_is_fitted_and_drawn(run, workdir):
+    exponent = run('bench.py', '--rows=list').scope['exponent']
+    assert abs(exponent([1, 2, 4], [3, 12, 48]) - 2) < 1e-9
+    ours = {f'us a token, {what} {size}': size / 4 for what in ('layers', 'width', 'context') for size in (4, 8, 16)}
+    ours |= {f'exponent of {kind} a token in {what}': 1.0 for kind in ('time', 'FLOPs')
+             for what in ('layers', 'width', 'context')}
+    ours |= {'exponent of memory in text': 0.0, 'MiB at peak, 2 MB of text': 90, 'MiB at peak, 20 MB of text': 91}
+    entry = {**ENTRY, 'machine': {'cpu': 'abacus', 'isa': 'beads'},
+             'sides': {'ours': {unit: timing.summary([value]) for unit, value in ours.items()}}}
+    runpy.run_path(str(REPO / 'docs/report.py'))['draw_growth'](entry, 'growth.png')
+    assert (workdir / 'growth.png').read_bytes().startswith(b'\x89PNG')
+
+
 def test_measure_trains_and_evaluates_what_the_program_keeps(run, workdir):
     flags = '--device=cpu --dtype=float32 --n_layer=1 --n_head=1 --n_embd=8 --block_size=8 --max_iters=2 ' \
             '--eval_interval=1 --eval_iters=1 --gradient_accumulation_steps=1 --batch_size=4'
