@@ -61,7 +61,7 @@ def draw_growth(entry, path):
         ax.loglog(x, [y[-1] * (size / x[-1])**slope for size in x], '--', color='gray', base=2,
                   label=f'expected, exponent {slope:.2f}')
         ax.set(xlabel=what, xticks=x, xticklabels=x, ylabel=label, ylim=(min(y) / 2, max(y) * 2))
-        ticks = [tick for tick in (10, 20, 50, 100, 200, 500, 1000) if min(y) / 2 <= tick <= max(y) * 2]
+        ticks = [tick for tick in (50, 100, 200, 500, 1000, 2000, 5000, 10000) if min(y) / 2 <= tick <= max(y) * 2]
         ax.set_yticks(ticks, labels=ticks)
         ax.minorticks_off()
         ax.legend(fontsize=8, loc='upper left')
