@@ -45,6 +45,7 @@ HOME = Path.cwd()  # where the user is; everything runs in a scratch folder
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0)  # nanoGPT's CPU recipe, 0.8M
 BABY = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2)  # its baby GPT, 10.65M
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=256, batch_size=4, dropout=0.0)  # 124M, short of memory
+WORDY = {**SMALL, 'block_size': 256, 'batch_size': 16, 'dataset': 'bench_gpt2'}  # GPT-2's vocabulary, 6.4M of 7.3M
 LONG = {**GPT2, 'block_size': 1024, 'batch_size': 16}  # 124M as it is trained on a GPU
 
 
@@ -72,7 +73,7 @@ def stage():
 
 
 def tokens_for(size):
-    return 'bench_gpt2' if size['n_embd'] == 768 else 'bench_char'
+    return size.get('dataset') or ('bench_gpt2' if size['n_embd'] == 768 else 'bench_char')
 
 
 def checkpoint_for(size):
@@ -232,6 +233,7 @@ ROWS = {  # name: (what, function, sides, at most so many turns)
     'train_baby': ('training 10.65M, 64 x 256, dropout 0.2', partial(training, BABY), PAIR, 2),
     'train_124m': ('training 124M, 4 x 256', partial(training, GPT2), PAIR, 2),
     'train_124m_long': ('training 124M, 16 x 1024', partial(training, LONG), PAIR, 3),
+    'train_wordy': ("training 4 x 128 with GPT-2's vocabulary, 16 x 256", partial(training, WORDY), PAIR, 1),
     'train_recipe': ('training config/train_shakespeare_char.py', training_recipe, OURS, 9),
     'finetune': ('fine-tuning GPT-2 124M, 4 x 256', finetuning, ('ours', 'LoRA of rank 8', 'recomputing activations'),
                  1),

@@ -288,23 +288,27 @@ class ChunkedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, loss_of, x, weight, targets, rows):
-        """loss_of(x, weight, targets) is the summed loss of x (n, C) by weight (V, C) and targets (n,), n at most rows.
+        """loss_of(logits, targets) is the summed loss of logits (n, V), which are x (n, C) by weight (V, C).
 
-        x is in the dtype to multiply in; weight's gradient is summed in that of weight.
+        n is at most rows. x is in the dtype to multiply in; weight's gradient is summed in that of weight.
         """
         recorded = x.requires_grad  # not in an evaluation
         total, dx = torch.zeros((), device=x.device), torch.empty_like(x) if recorded else None
         dw = torch.zeros_like(weight) if recorded and weight.requires_grad else None
-        w = weight.detach().to(x.dtype).requires_grad_(dw is not None)
+        w = weight.to(x.dtype)
         for at in range(0, len(x), rows):
-            part = x.detach()[at:at + rows].requires_grad_(recorded)
+            part = x[at:at + rows]
             with torch.set_grad_enabled(recorded):
-                loss = loss_of(part, w, targets[at:at + rows])
+                logits = F.linear(part.detach(), w.detach()).requires_grad_(recorded)
+                loss = loss_of(logits, targets[at:at + rows])
             total += loss.detach()
             if recorded:
-                dx[at:at + rows], *more = torch.autograd.grad(loss, [part, w] if w.requires_grad else [part])
-                if more:
-                    dw += more[0]
+                d, = torch.autograd.grad(loss, logits)  # (n, V)
+                dx[at:at + rows] = d @ w
+            if dw is not None and dw.dtype == d.dtype:
+                dw.addmm_(d.mT, part)
+            elif dw is not None:
+                dw += d.mT @ part
         ctx.found = dx, dw
         return total
 
@@ -403,8 +407,8 @@ class GPT(nn.Module):
         if len(x) <= rows or torch.compiler.is_compiling():  # compiled kernels keep fewer copies of them
             return cross_entropy(self._head(x), targets)
 
-        def loss_of(x, weight, targets):
-            return cross_entropy(self._cap(F.linear(x, weight)), targets, 'sum')
+        def loss_of(logits, targets):
+            return cross_entropy(self._cap(logits), targets, 'sum')
 
         summed = ChunkedLoss.apply(loss_of, x.to(self.dtype), self.lm_head.weight, targets, rows)
         return summed / (targets != -1).sum()
