@@ -13,6 +13,7 @@ weights; its updates are timed by the lines that it prints. What is timed from w
 import array
 import contextlib
 import importlib.util
+import math
 import os
 import pickle
 import random
@@ -135,7 +136,7 @@ def finetuning(side):
 
 def exponent(sizes, values):
     """Return the slope of log(values) over log(sizes)."""
-    return statistics.linear_regression(*([statistics.math.log(each) for each in row] for row in (sizes, values))).slope
+    return statistics.linear_regression([math.log(size) for size in sizes], [math.log(v) for v in values]).slope
 
 
 def growth(side):

@@ -70,8 +70,8 @@ def linear(x, weight, bias):
     one thread; dealt out in shares of its rows, all threads read, in half the time on two cores.
     """
     n_rows = x.numel() // x.size(-1)
-    few = x.is_cpu and n_rows <= 64 and weight.numel() >= 2**17 and not torch.is_grad_enabled()
-    if not few or x.dtype != torch.float32:
+    few = x.is_cpu and x.dtype == torch.float32 and n_rows <= 64 and weight.numel() >= 2**17
+    if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     shares = 2 * torch.get_num_threads()
     rest = len(weight) % shares
@@ -161,9 +161,8 @@ class KVCache:
     """
 
     def __init__(self, config, batch_size, device, dtype):
-        shape = (config.n_layer, batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
-        self.k = torch.empty(shape, device=device, dtype=dtype).unbind()  # a tensor for each layer
-        self.v = torch.empty(shape, device=device, dtype=dtype).unbind()
+        shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
+        self.k, self.v = ([torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in 'kv')
         self.pos = 0
 
     def extend(self, layer, k, v):
@@ -292,9 +291,9 @@ class ChunkedLoss(torch.autograd.Function):
 
         n is at most rows. x is in the dtype to multiply in; weight's gradient is summed in that of weight.
         """
-        recorded = x.requires_grad  # not in an evaluation
-        total, dx = torch.zeros((), device=x.device), torch.empty_like(x) if recorded else None
-        dw = torch.zeros_like(weight) if recorded and weight.requires_grad else None
+        dx = torch.empty_like(x) if ctx.needs_input_grad[1] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[2] else None
+        recorded, total = dx is not None or dw is not None, torch.zeros((), device=x.device)
         w = weight.to(x.dtype)
         for at in range(0, len(x), rows):
             part = x[at:at + rows]
@@ -304,6 +303,7 @@ class ChunkedLoss(torch.autograd.Function):
             total += loss.detach()
             if recorded:
                 d, = torch.autograd.grad(loss, logits)  # (n, V)
+            if dx is not None:
                 dx[at:at + rows] = d @ w
             if dw is not None and dw.dtype == d.dtype:
                 dw.addmm_(d.mT, part)
@@ -316,7 +316,8 @@ class ChunkedLoss(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, scale):
         (dx, dw), ctx.found = ctx.found, None
-        return None, dx.mul_(scale), None if dw is None else dw.mul_(scale), None, None
+        dx, dw = (found if found is None else found.mul_(scale) for found in (dx, dw))
+        return None, dx, dw, None, None
 
 
 class GPT(nn.Module):
@@ -404,13 +405,15 @@ class GPT(nn.Module):
     def _loss(self, x, targets):
         """Return the mean loss of x (n, C) by targets (n,), in chunks where the logits would be many."""
         rows = max(1, self.CHUNK // self.config.vocab_size)
-        if len(x) <= rows or torch.compiler.is_compiling():  # compiled kernels keep fewer copies of them
+        # compiled kernels keep fewer copies of the logits; gradients in float16 have to be scaled from the start
+        if len(x) <= rows or torch.compiler.is_compiling() or self.dtype == torch.float16:
             return cross_entropy(self._head(x), targets)
 
         def loss_of(logits, targets):
             return cross_entropy(self._cap(logits), targets, 'sum')
 
-        summed = ChunkedLoss.apply(loss_of, x.to(self.dtype), self.lm_head.weight, targets, rows)
+        weight = self.lm_head.weight if torch.is_grad_enabled() else self.lm_head.weight.detach()
+        summed = ChunkedLoss.apply(loss_of, x.to(self.dtype), weight, targets, rows)
         return summed / (targets != -1).sum()
 
     def compute_in(self, dtype):

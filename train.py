@@ -307,7 +307,7 @@ def main():
     with runtime.Signals() as signals:
         while True:
             minutes, level = rt.maximum(clock(), signals.level)  # every rank goes by the same clock and signal
-            done = minutes / max_minutes if by_clock else iter_num / max_iters if max_iters else 1.0
+            done = minutes / max_minutes if by_clock else (iter_num / max_iters if max_iters else 1.0)
             stalled = patience > 0 and evaluations_since_best(history) >= patience
             last = done >= 1 or stalled or 0 < time_limit <= minutes
             if last and history and history[-1][0] == iter_num:
@@ -375,8 +375,9 @@ def main():
                                       tokens_seen // block_size + micro * batch_size, batch_size)
                 idx, targets = rt.put(*data.train.batch(starts, block_size))  # (B, T) each
                 runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
+                # so scaled, gradients end as the mean of all
                 loss = net(idx, targets, loss_only=True)[1] * rt.world_size / micro_steps
-                scaler.scale(loss).backward()  # gradients end as the mean of all
+                scaler.scale(loss).backward()
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)
             grad_norm = runtime.gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))

@@ -2,9 +2,9 @@
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_modern.py
 
-RoPE, RMSNorm, squared ReLU, QK-norm, an untied and soft-capped head, and Muon. With these modded-nanogpt's records 5
-to 8 reached GPT-2's loss (3.28 on FineWeb) after 2.4 to 2.7 billion tokens, its classic start after 10. This file
-asks for 2.6 billion; it has not been run to its end yet.
+RoPE, RMSNorm, squared ReLU, QK-norm and Muon, as in modded-nanogpt's records 5 to 8, which reached GPT-2's loss (3.28
+on FineWeb) after 2.4 to 2.7 billion tokens where its classic start took 10; the untied head is that of record 8, the
+soft cap of later ones. This file asks for 2.6 billion tokens; it has not been run to its end yet.
 """
 out_dir = 'out-gpt2-modern'
 dataset = 'openwebtext'

@@ -45,11 +45,10 @@ def fill(text, folder):
 
 def draw_growth(entry, path):
     """Draw a picture: time a token by each size of a model, and memory by the text that is prepared."""
-    import matplotlib
-    matplotlib.use('Agg')
-    from matplotlib import pyplot as plt
+    from matplotlib.figure import Figure
     values = {unit: summary['median'] for unit, summary in entry['sides']['ours'].items()}
-    fig, axes = plt.subplots(1, 4, figsize=(13, 3.4), layout='constrained')
+    fig = Figure(figsize=(13, 3.4), layout='constrained')
+    axes = fig.subplots(1, 4)
     panels = [(what, rf'us a token, {what} (\d+)', f'exponent of time a token in {what}',
                f'exponent of FLOPs a token in {what}', 'us a token') for what in ('layers', 'width', 'context')]
     panels += [('MB of text', r'MiB at peak, (\d+) MB of text', 'exponent of memory in text', '', 'MiB at peak')]

@@ -10,13 +10,13 @@ from lib.runtime import fast_bf16, share_like
 class AdamW(torch.optim.AdamW):
     """torch's, without the import of torch's compiler, which takes as long as that of torch itself.
 
-    torch imports it at the first call of each method below, to tell it not to compile that one; nothing here would.
+    torch imports it when one of these methods is first called, to keep it from compiling them; nothing here would.
     """
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
-
-
-for method in (AdamW.add_param_group, AdamW.state_dict, AdamW.load_state_dict, AdamW.zero_grad):
-    inspect.unwrap(method).__dynamo_disable = inspect.unwrap(method)  # where torch keeps what it has told
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
 
 
 class MuonAdamW(AdamW):

@@ -2,6 +2,7 @@
 import json
 import runpy
 
+import pytest
 from conftest import REPO
 
 from lib import timing
@@ -40,6 +41,7 @@ def test_a_command_that_fails_is_named_with_its_last_words(workdir):
 
 
 def test_growth_is_fitted_and_drawn(run, workdir):
+    pytest.importorskip('matplotlib')
     exponent = run('bench.py', '--rows=list').scope['exponent']
     assert abs(exponent([1, 2, 4], [3, 12, 48]) - 2) < 1e-9
     ours = {f'us a token, {what} {size}': size / 4 for what in ('layers', 'width', 'context') for size in (4, 8, 16)}

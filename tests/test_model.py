@@ -68,6 +68,13 @@ def test_the_loss_is_the_mean_cross_entropy_and_skips_minus_one():
     torch.testing.assert_close(loss, torch.stack(by_hand).mean())
 
 
+def test_a_cache_works_where_gradients_are_recorded():
+    net, idx = make(), tokens()
+    cache = model.KVCache(net.config, 3, 'cpu', torch.float32)
+    net(idx[:, :7], cache=cache)
+    torch.testing.assert_close(net(idx[:, 7:], cache=cache)[0], net(idx)[0])
+
+
 @pytest.mark.parametrize('n_out', [1024, 1029])
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('n_rows', [1, 64, 65])
@@ -102,12 +109,20 @@ def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(options, dtype, monk
     assert sizes == [5] * 7 + [1]
     close = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.03, rtol=0.03)
     torch.testing.assert_close(chunked, whole, **close)
-    with torch.inference_mode():
-        torch.testing.assert_close(net(idx, targets, loss_only=True)[1] * 7, chunked['loss'])
+    net.requires_grad_(False)
+    net.lm_head.weight.requires_grad_(True)
+    if not net.config.tie_weights:
+        torch.testing.assert_close(found(loss_only=True), {name: chunked[name] for name in ('loss', 'lm_head.weight')})
+    net.requires_grad_(True)
     net.lm_head.weight.requires_grad_(False)
     frozen = found(loss_only=True)
-    assert 'lm_head.weight' not in frozen and 'transformer.wte.weight' in frozen or net.config.tie_weights
+    assert 'lm_head.weight' not in frozen and 'transformer.h.0.mlp.c_fc.weight' in frozen
     torch.testing.assert_close(frozen, {name: chunked[name] for name in frozen})
+    net.requires_grad_(True)
+    monkeypatch.setattr(torch.autograd, 'grad', None)  # an evaluation computes none
+    for mode in (torch.no_grad, torch.inference_mode):
+        with mode():
+            torch.testing.assert_close(net(idx, targets, loss_only=True)[1] * 7, chunked['loss'])
 
 
 @pytest.mark.parametrize('options', VARIANTS)

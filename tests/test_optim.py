@@ -40,7 +40,8 @@ def test_no_update_waits_for_the_import_of_torchs_compiler():
             train(net, opt, 1)
             opt.load_state_dict(opt.state_dict())
         print('torch._dynamo' in sys.modules)"""
-    assert subprocess.run([sys.executable, '-c', code], cwd=REPO, text=True, capture_output=True).stdout == 'False\n'
+    done = subprocess.run([sys.executable, '-c', code], cwd=REPO, text=True, capture_output=True)
+    assert done.stdout == 'False\n', done.stderr
 
 
 def test_the_fused_adamw_is_torchs_adamw():
