@@ -5,7 +5,7 @@
     python sample.py --init_from=my-gpt2                             reads such a folder, as do train.py and evaluate.py
 
 The folder holds config.json, model.safetensors and the tokenizer. Only GPT-2's architecture can be written: the
-options pos, norm, qk_norm, tie_weights, softcap and most of mlp have no place in transformers' GPT-2 class.
+options pos, norm, qk_norm, tie_weights, softcap, smear and most of mlp have no place in transformers' GPT-2 class.
 """
 import json
 import math
@@ -25,7 +25,7 @@ to = ''  # folder to write; '' is OUT_DIR/hf
 
 # GPTConfig's options, and the values that transformers' GPT-2 class can express
 EXPRESSIBLE = {'pos': ('learned',), 'norm': ('layernorm',), 'mlp': ('gelu', 'gelu_tanh'), 'qk_norm': (False,),
-               'tie_weights': (True,), 'softcap': (0.0,)}
+               'tie_weights': (True,), 'softcap': (0.0,), 'smear': (0,)}
 
 
 def hf_config(config, tok):

@@ -60,6 +60,7 @@ mlp = 'gelu'  # gelu | gelu_tanh (OpenAI's GPT-2) | relu2 | swiglu
 qk_norm = False  # normalise queries and keys
 tie_weights = True  # share the embedding with the output head
 softcap = 0.0  # keep logits within +-softcap; 0 off
+smear = 0  # add the embeddings of so many tokens before to each token's own; 0 off
 lora_rank = 0  # fine-tune with low-rank adapters of this rank and the weights frozen; 0 off
 checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more time
 
@@ -195,7 +196,7 @@ def main():
     elif init_from in ('scratch', 'auto'):
         vocab_size = 50304 if data.tokenizer['kind'] == 'gpt2' else data.vocab_size  # 50257, padded for speed
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, pos, norm, mlp, qk_norm,
-                              tie_weights, softcap))
+                              tie_weights, softcap, smear))
     else:
         model = models.pretrained(init_from, dropout=dropout, block_size=block_size)
     if lora_rank and not resumed:

@@ -23,7 +23,7 @@ AT_LEAST = {
         'seed'),
 }
 ARCHITECTURE = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'pos', 'norm', 'mlp', 'qk_norm', 'tie_weights',
-                'softcap')
+                'softcap', 'smear')
 
 # What does not combine: (condition on the settings, why).
 CONFLICTS = (

@@ -381,7 +381,7 @@ def measured_flops(device, dtype):
     """Return the FLOP/s of a matrix product of 1024 x 1024 x 1024, the best of several."""
     a = torch.randn(1024, 1024, generator=torch.Generator().manual_seed(0)).to(device, dtype)  # leaves dropout's be
     best = float('inf')
-    for _ in range(6):
+    for _ in range(12):
         began = time.perf_counter()
         float((a @ a)[0, 0])  # reading a number waits for the device
         best = min(best, time.perf_counter() - began)
