@@ -25,7 +25,7 @@ to = ''  # folder to write; '' is OUT_DIR/hf
 
 # GPTConfig's options, and the values that transformers' GPT-2 class can express
 EXPRESSIBLE = {'pos': ('learned',), 'norm': ('layernorm',), 'mlp': ('gelu', 'gelu_tanh'), 'qk_norm': (False,),
-               'tie_weights': (True,), 'softcap': (0.0,), 'smear': (0,)}
+               'tie_weights': (True,), 'softcap': (0.0,), 'smear': (False,)}
 
 
 def hf_config(config, tok):

@@ -39,7 +39,7 @@ class GPTConfig:
     qk_norm: bool = False
     tie_weights: bool = True  # one matrix embeds tokens and scores them
     softcap: float = 0.0  # logits stay within +-softcap; 0 off
-    smear: int = 0  # so many tokens back, embeddings are added to a token's own, by shares that are learned; 0 off
+    smear: bool = False  # add to each token's embedding a share, learned for each channel, of the one before
 
     def problems(self):
         """Return what is wrong with these values, a line each; an empty list when a model can be built."""
@@ -51,9 +51,8 @@ class GPTConfig:
             found.append(f'pos=rope turns pairs: n_embd / n_head must be even, got {self.n_embd // self.n_head}')
         if not 0 <= self.dropout < 1:
             found.append(f'dropout must be at least 0 and below 1, got {self.dropout}')
-        for name in ('softcap', 'smear'):
-            if getattr(self, name) < 0:
-                found.append(f'{name} must be 0 (off) or more, got {getattr(self, name)}')
+        if self.softcap < 0:
+            found.append(f'softcap must be 0 (off) or more, got {self.softcap}')
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 found.append(f'{name} must be one of {", ".join(choices)}; got {getattr(self, name)!r}')
@@ -165,7 +164,7 @@ class KVCache:
     def __init__(self, config, batch_size, device, dtype):
         shape = (batch_size, config.n_head, config.block_size, config.n_embd // config.n_head)
         self.k, self.v = ([torch.empty(shape, device=device, dtype=dtype) for _ in range(config.n_layer)] for _ in 'kv')
-        self.before = None  # (B, smear, C) the embeddings of the newest tokens, where the model smears
+        self.before = None  # (B, 1, C) the newest token's embedding, where the model smears
         self.pos = 0
 
     def extend(self, layer, k, v):
@@ -336,7 +335,7 @@ class GPT(nn.Module):
         self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
             self.transformer['wpe'] = Embedding(config.block_size, config.n_embd)
-        self.smear = nn.Parameter(torch.zeros(config.smear, config.n_embd)) if config.smear else None
+        self.smear = nn.Parameter(torch.zeros(config.n_embd)) if config.smear else None
         self.transformer['drop'] = Dropout(config.dropout)
         self.transformer['h'] = nn.ModuleList(Block(config, layer) for layer in range(config.n_layer))
         self.transformer['ln_f'] = make_norm(config)
@@ -363,7 +362,7 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.0 if modern else 0.02 / math.sqrt(2 * self.config.n_layer))
             elif name == 'lm_head.weight' and modern:
                 nn.init.zeros_(p)
-            elif p.dim() == 2 and name != 'smear':
+            elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
     def forward(self, idx, targets=None, cache=None, loss_only=False):
@@ -402,18 +401,14 @@ class GPT(nn.Module):
         return logits, cross_entropy(logits.flatten(0, 1), targets.flatten())
 
     def _smear(self, x, cache):
-        """Add to embeddings x (B, T, C) those of the tokens before (modded-nanogpt's record 34, without its gate).
+        """Add to each embedding in x (B, T, C) its share of the one before (modded-nanogpt's record 34, ungated).
 
-        What precedes a token decides most of what follows; without this a first layer has to learn to look there.
+        The token before decides most of what follows; without this a first layer has to learn to look there.
         """
-        n, (B, T, C) = len(self.smear), x.shape
-        before = cache.before if cache is not None and cache.pos else x.new_zeros(B, n, C)
-        seen = torch.cat([before, x], dim=1)  # (B, n + T, C)
+        before = cache.before if cache is not None and cache.pos else torch.zeros_like(x[:, :1])
         if cache is not None:
-            cache.before = seen[:, T:]
-        for back, share in enumerate(self.smear, 1):
-            x = x + share * seen[:, n - back:n - back + T]
-        return x
+            cache.before = x[:, -1:]
+        return x + self.smear * torch.cat([before, x[:, :-1]], dim=1)
 
     def _head(self, x):
         return self._cap(self.lm_head(x))

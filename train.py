@@ -60,7 +60,7 @@ mlp = 'gelu'  # gelu | gelu_tanh (OpenAI's GPT-2) | relu2 | swiglu
 qk_norm = False  # normalise queries and keys
 tie_weights = True  # share the embedding with the output head
 softcap = 0.0  # keep logits within +-softcap; 0 off
-smear = 0  # add the embeddings of so many tokens before to each token's own; 0 off
+smear = False  # add a share of the token before to each token's embedding
 lora_rank = 0  # fine-tune with low-rank adapters of this rank and the weights frozen; 0 off
 checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more time
 

@@ -1,6 +1,6 @@
 """Put after any other config: GPT-2's architecture, AdamW and the cosine schedule, with nanoGPT's rates."""
 pos, norm, mlp = 'learned', 'layernorm', 'gelu'
-qk_norm, tie_weights, softcap, smear = False, True, 0.0, 0
+qk_norm, tie_weights, softcap, smear = False, True, 0.0, False
 optimizer, beta1, weight_decay, grad_clip = 'adamw', 0.9, 0.1, 1.0
 lr_schedule, decay_lr = 'cosine', True
 _small = n_embd < 768

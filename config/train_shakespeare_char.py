@@ -29,6 +29,6 @@ if device == 'cpu':
     batch_size, n_layer, n_head, n_embd, dropout = 16, 4, 2, 128, 0.0
     eval_iters, eval_interval = 10, 250
     # what learned most in 90 seconds, tried on the last tenth of train.bin
-    pos, mlp, qk_norm, tie_weights, softcap = 'rope', 'relu2', True, False, 15.0
+    pos, mlp, qk_norm, tie_weights, softcap, smear = 'rope', 'relu2', True, False, 15.0, True
     optimizer, muon_lr, learning_rate, min_lr = 'muon', 0.03, 6e-3, 0.0
     lr_schedule, cooldown_frac, warmup_iters = 'wsd', 0.8, 10

@@ -64,7 +64,7 @@ def test_the_folder_is_sampled_with_its_own_tokenizer(run, exported):
 
 
 @pytest.mark.parametrize('name, value', [('pos', 'rope'), ('norm', 'rmsnorm'), ('mlp', 'relu2'), ('mlp', 'swiglu'),
-                                         ('qk_norm', True), ('tie_weights', False), ('softcap', 15.0), ('smear', 1)])
+                                         ('qk_norm', True), ('tie_weights', False), ('softcap', 15.0), ('smear', True)])
 def test_what_gpt2s_class_cannot_express_is_refused_in_a_line(exported, tmp_path, name, value):
     done, _ = exported(**{name: value})
     assert done.status == 1 and len(done.err.strip().splitlines()) == 1

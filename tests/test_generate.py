@@ -12,7 +12,7 @@ from model import GPT, GPTConfig
 
 PROBS = [0.15, 0.4, 0.05, 0.3, 0.1]
 TOY = torch.tensor([PROBS]).log()  # (1, 5)
-MODERN = dict(pos='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False, softcap=15.0, smear=2,
+MODERN = dict(pos='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False, softcap=15.0, smear=True,
               bias=False)
 
 

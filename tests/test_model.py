@@ -8,7 +8,7 @@ import model
 from model import GPT, GPT2_SIZES, GPTConfig
 
 VARIANTS = [{}, {'bias': False}, {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'mlp': 'relu2'}, {'mlp': 'swiglu'},
-            {'qk_norm': True}, {'tie_weights': False}, {'softcap': 15.0}, {'smear': 2},
+            {'qk_norm': True}, {'tie_weights': False}, {'softcap': 15.0}, {'smear': True},
             {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'qk_norm': True, 'tie_weights': False, 'bias': False}]
 
 
@@ -230,7 +230,6 @@ def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
     (dict(n_embd=8, n_head=3), 'n_embd=8 is not divisible by n_head=3'),
     (dict(n_layer=0), 'n_layer must be at least 1'),
     (dict(dropout=1.0), 'dropout must be'), (dict(mlp='glu'), 'mlp must be one of'), (dict(softcap=-1.0), 'softcap'),
-    (dict(smear=-1), 'smear'),
     (dict(pos='rope', n_embd=6, n_head=2), 'must be even')])
 def test_a_model_that_cannot_be_is_refused_with_the_numbers(wrong, told):
     with pytest.raises(ValueError, match=told):
