@@ -272,8 +272,12 @@ def start(settings, compile_pays=False):
         if 'backend' not in settings:
             raise UserError('this script runs in one process: start it with python instead of torchrun')
         fast = settings['backend'] if settings.given('backend') else 'nccl'
+        limit = datetime.timedelta(seconds=settings['dist_timeout'])
+        store, _, _ = next(dist.rendezvous('env://', timeout=limit))
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):  # after a restart torchrun's store has old addresses
+            store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         dist.init_process_group(f'cpu:gloo,cuda:{fast}' if device.type == 'cuda' else 'gloo',  # the CPU's for `maximum`
-                                timeout=datetime.timedelta(seconds=settings['dist_timeout']))
+                                store=store, rank=rank, world_size=world_size, timeout=limit)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
     name, reason = (settings['dtype'], 'as asked') if settings.given('dtype') else pick_dtype(device)
