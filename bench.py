@@ -46,7 +46,7 @@ HOME = Path.cwd()  # where the user is; everything runs in a scratch folder
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0)  # nanoGPT's CPU recipe, 0.8M
 BABY = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2)  # its baby GPT, 10.65M
 GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=256, batch_size=4, dropout=0.0)  # 124M, short of memory
-WORDY = {**SMALL, 'block_size': 256, 'batch_size': 16, 'dataset': 'bench_gpt2'}  # GPT-2's vocabulary, 6.4M of 7.3M
+WORDY = {**SMALL, 'block_size': 256, 'batch_size': 16, 'dataset': 'bench_gpt2'}  # GPT-2's vocabulary, 6.4M of 7.2M
 LONG = {**GPT2, 'block_size': 1024, 'batch_size': 16}  # 124M as it is trained on a GPU
 
 

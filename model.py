@@ -71,7 +71,7 @@ def linear(x, weight, bias):
     one thread; dealt out in shares of its rows, all threads read, in half the time on two cores.
     """
     n_rows = x.numel() // x.size(-1)
-    few = x.is_cpu and x.dtype == torch.float32 and n_rows <= 64 and weight.numel() >= 2**17
+    few = x.is_cpu and x.dtype == torch.float32 and 0 < n_rows <= 64 and weight.numel() >= 2**17
     if not few or torch.is_grad_enabled() or torch.compiler.is_compiling():
         return F.linear(x, weight, bias)
     shares = 2 * torch.get_num_threads()

@@ -274,7 +274,8 @@ def start(settings, compile_pays=False):
         fast = settings['backend'] if settings.given('backend') else 'nccl'
         limit = datetime.timedelta(seconds=settings['dist_timeout'])
         store, _, _ = next(dist.rendezvous('env://', timeout=limit))
-        if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):  # after a restart torchrun's store has old addresses
+        # torchrun keeps its store over restarts, with the old ranks' addresses; two machines' counts may differ
+        if os.environ.get('LOCAL_WORLD_SIZE') == str(world_size):
             store = dist.PrefixStore(f'attempt {os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', store)
         dist.init_process_group(f'cpu:gloo,cuda:{fast}' if device.type == 'cuda' else 'gloo',  # the CPU's for `maximum`
                                 store=store, rank=rank, world_size=world_size, timeout=limit)

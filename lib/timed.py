@@ -54,7 +54,7 @@ def write_checkpoint(name, args, dataset):
 
 
 def flops(sizes):
-    """Return the FLOPs that each size, with its batch_size, spends on a token of training."""
+    """Return the FLOPs that each size spends on a token of training; its batch_size does not matter."""
     from model import GPT, GPTConfig
     shapes = ({key: value for key, value in size.items() if key != 'batch_size'} for size in sizes)
     return [GPT(GPTConfig(vocab_size=65, bias=False, **shape), init=False).flops_per_token() for shape in shapes]

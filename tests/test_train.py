@@ -118,13 +118,11 @@ def plain_loss(w, idx, targets, n_layer, n_head):
 
 
 def test_float32_is_plain_float32_arithmetic(run, workdir, monkeypatch):
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=8)
-    flags = [*TINY, '--dtype=float32', *(f'--{k}={v}' for k, v in sizes.items())]
     monkeypatch.setattr(GPT, 'CHUNK', 100)  # so that the loss comes in chunks
-    run('train.py', *flags, '--max_iters=0', '--out_dir=first')
-    done = run('train.py', *flags, '--max_iters=20', '--gradient_accumulation_steps=2', '--batch_size=4',
-               '--learning_rate=1e-3', '--warmup_iters=0', '--decay_lr=False', '--grad_clip=0.5', '--beta1=0.9',
-               '--beta2=0.99', '--weight_decay=0.1')
+    run('train.py', *TINY, '--max_iters=0', '--out_dir=first')
+    done = run('train.py', *TINY, '--max_iters=20', '--gradient_accumulation_steps=2', '--learning_rate=1e-3',
+               '--warmup_iters=0', '--decay_lr=False', '--grad_clip=0.5', '--beta1=0.9', '--beta2=0.99',
+               '--weight_decay=0.1')
     assert done.status == 0, done.err
     assert load('first/ckpt.pt')['iter_num'] == 0
     w = {name: p.requires_grad_() for name, p in load('first/ckpt.pt')['model'].items() if name != 'lm_head.weight'}
