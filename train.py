@@ -46,6 +46,7 @@ data_order = 'epochs'  # epochs (every window once an epoch) | random (crops any
 gradient_accumulation_steps = 5 * 8  # micro-batches an update, over all ranks together
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024  # context, tokens
+context_warmup = 0.0  # share of the run that reads shorter contexts: half of it block_size / 4, then block_size / 2
 total_batch_tokens = 0  # tokens an update: derives gradient_accumulation_steps; 0 off
 
 # model
@@ -68,6 +69,7 @@ checkpoint_activations = False  # recompute blocks in the backward pass: less me
 optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)
 learning_rate = 6e-4  # AdamW's peak
 muon_lr = 0.02  # Muon's peak
+muon_momentum = 0.95  # Muon's; 0.9 learns more in runs of some hundred updates
 max_iters = 600000  # updates
 max_minutes = 0.0  # train by the clock, from process start; 0 off. --max_iters switches it off
 weight_decay = 1e-1  # on 2-D parameters
@@ -108,6 +110,22 @@ def lr_factor(iter_num, done, floor):
     if iter_num < warmup_iters:
         return warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def next_windows(done, tokens_seen, n_rows):
+    """Return (first, column, context): this update reads windows number `first` to first + n_rows, tokens column to
+    column + context of each.
+
+    A model first learns what is near, for which a short context does; the smaller updates are more for the same tokens
+    (Li et al. 2021, 2108.06084). Windows that were begun are read to their ends, so an epoch still reads all of the
+    text once. done: share of the run that is past, 0 to 1.
+    """
+    context = block_size // (4 if done < context_warmup / 2 else 2 if done < context_warmup else 1)
+    shortest = block_size // 4 if context_warmup else block_size
+    column = tokens_seen // n_rows % block_size // shortest * shortest
+    while column % context:
+        context //= 2
+    return (tokens_seen - column * n_rows) // block_size, column, context
 
 
 def best_step(history):
@@ -205,16 +223,17 @@ def main():
     model.checkpoint_activations = checkpoint_activations
     model = runtime.place(model, rt, parallel).train()
     opt = make_optimizer(optimizer, model.param_groups(weight_decay, matrices_apart=optimizer == 'muon'),
-                         learning_rate, muon_lr, (beta1, beta2), rt.device.type)
+                         learning_rate, muon_lr, (beta1, beta2), rt.device.type, muon_momentum)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     micro_tokens = batch_size * block_size
     micro_steps = total_batch_tokens // micro_tokens or gradient_accumulation_steps  # of all ranks together
-    tokens_per_iter = micro_steps * micro_tokens
+    n_rows = micro_steps * batch_size  # sequences an update
+    tokens_per_iter = n_rows * block_size
     say(f'device: {rt.why}' + f'; {rt.world_size} processes' * (rt.world_size > 1))
     say(f'recipe: {report.recipe(settings, sys.argv[1:])}')
     say(f'number of parameters: {model.num_params() / 1e6:.2f}M')
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # the schedule's axis: the clock, or updates
-    say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock else max_iters))
+    say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock or context_warmup else max_iters))
 
     if writes and not resumed and (old := checkpoint.put_aside(out_dir)):  # now that there is a model to go there
         say(f'{out_dir} held an earlier run; its files are now in {old}')
@@ -371,10 +390,11 @@ def main():
                 rt.synchronize()
             began = time.perf_counter()
             loss_sum = 0.0
+            first, column, context = next_windows(done, tokens_seen, n_rows)
             for micro in range(rt.rank, micro_steps, rt.world_size):
-                starts = train_starts(data_order, seed, len(data.train), block_size,
-                                      tokens_seen // block_size + micro * batch_size, batch_size)
-                idx, targets = rt.put(*data.train.batch(starts, block_size))  # (B, T) each
+                starts = column + train_starts(data_order, seed, len(data.train), block_size,
+                                               first + micro * batch_size, batch_size)
+                idx, targets = rt.put(*data.train.batch(starts, context))  # (B, T) each
                 runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
                 # so scaled, gradients end as the mean of all
                 loss = net(idx, targets, loss_only=True)[1] * rt.world_size / micro_steps
@@ -408,15 +428,15 @@ def main():
                 left = max_minutes - minutes if by_clock else seconds * (max_iters - iter_num - 1) / 60
                 loss = rt.total(float(loss_sum))[0] / rt.world_size
                 record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
-                          'tok_s': tokens_per_iter / dt, 'tokens': tokens_seen + tokens_per_iter, 'minutes': clock(),
-                          'mfu': None if lora_rank else model.mfu(tokens_per_iter / dt / rt.world_size, peak_flops)}
+                          'tok_s': n_rows * context / dt, 'tokens': tokens_seen + n_rows * context, 'minutes': clock(),
+                          'mfu': None if lora_rank else model.mfu(n_rows * context / dt / rt.world_size, peak_flops)}
                 say(report.iter_line(record, dt, left))
                 if rt.master:
                     report.append_log(log, record)
                     track({f'train/{k}': v for k, v in record.items()}, iter_num)
                     report.advance(bar, done, loss, best_val_loss, record['tok_s'], left)
                 told = told or iter_num >= third and report.warn_if_long(left)
-            iter_num, tokens_seen = iter_num + 1, tokens_seen + tokens_per_iter
+            iter_num, tokens_seen = iter_num + 1, tokens_seen + n_rows * context
     bar.close()
     if rt.master and not status and (picture := report.draw_loss(out_dir)):
         say(f'loss curves are in {picture}')

@@ -23,9 +23,8 @@ class MuonAdamW(AdamW):
     """AdamW whose groups marked `matrices` are updated by Muon instead (Jordan et al. 2024, kellerjordan.github.io).
 
     Muon replaces the momentum of a matrix's gradient by the nearest semi-orthogonal matrix, so that every direction
-    moves alike. Nesterov momentum 0.95; decoupled weight decay; the step is scaled by sqrt(max(1, rows / columns)).
+    moves alike. Nesterov momentum; decoupled weight decay; the step is scaled by sqrt(max(1, rows / columns)).
     """
-    MOMENTUM = 0.95
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -55,8 +54,8 @@ class MuonAdamW(AdamW):
                 if found_inf.device.type == 'cpu' and found_inf:
                     return
                 grads = [torch.where(found_inf.bool(), m, g) for m, g in zip(momenta, grads)]
-            torch._foreach_lerp_(momenta, grads, 1 - self.MOMENTUM)
-            looked_ahead = torch._foreach_lerp(grads, momenta, self.MOMENTUM)
+            torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
+            looked_ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
             updates = orthogonalize(torch.stack(looked_ahead))  # (n, rows, columns)
             rate = group['lr'] * (1.0 if found_inf is None else 1 - found_inf)
             scale = rate * max(1, rows / columns) ** 0.5
@@ -88,13 +87,14 @@ def z_score(norm, norms):
     return (norm - norms.mean()) / norms.std(), torch.cat([norms[1:], norm[None]])
 
 
-def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type):
+def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type, muon_momentum=0.95):
     """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each group keeps its peak rate as `peak`.
 
     The fused update is taken where torch has one: one pass over the weights, and it can skip itself on the device.
     """
     for group in groups:
         group['peak'] = muon_lr if kind == 'muon' and group['matrices'] else learning_rate
+        group['momentum'] = muon_momentum
     cls = MuonAdamW if kind == 'muon' else AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
 

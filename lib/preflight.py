@@ -42,6 +42,7 @@ CONFLICTS = (
     (lambda s: s['lora_rank'] > 0 and s['parallel'] == 'fsdp', 'lora_rank works with parallel=ddp only'),
     (lambda s: s['lora_rank'] > 0 and s['optimizer'] == 'muon',
      'lora_rank trains thin matrices, which muon is not for; use --optimizer=adamw'),
+    (lambda s: s['context_warmup'] and s['block_size'] % 4, 'context_warmup needs a block_size divisible by 4'),
     (lambda s: s['decay_lr'] and s.given('lr_decay_iters') and 0 < s['lr_decay_iters'] <= s['warmup_iters'],
      'warmup_iters must be below lr_decay_iters, or the learning rate never decays'),
 )
@@ -59,13 +60,15 @@ def values(s):
     found += [f'{name} must be one of {", ".join(choices)}; got {s[name]!r}'
               for name, choices in SETTING_CHOICES.items() if s[name] not in choices]
     found += [f'{name} must be at least 0 and below 1, got {s[name]}'
-              for name in ('beta1', 'beta2') if not 0 <= s[name] < 1]
+              for name in ('beta1', 'beta2', 'muon_momentum') if not 0 <= s[name] < 1]
     found += [f'{name} must be a finite number, got {value}' for name, value in s.items()
               if isinstance(value, float) and not math.isfinite(value) and name not in ('grad_clip', 'spike_skip')]
     if s['seed'] >= 2**63:
         found.append(f'seed must be below 2**63, got {s["seed"]}')
     if not 0 < s['cooldown_frac'] <= 1:
         found.append(f'cooldown_frac must be above 0 and at most 1, got {s["cooldown_frac"]}')
+    if not 0 <= s['context_warmup'] <= 1:
+        found.append(f'context_warmup must be at least 0 and at most 1, got {s["context_warmup"]}')
     config = GPTConfig(vocab_size=1, dropout=s['dropout'], **{name: s[name] for name in ARCHITECTURE})
     found += [problem for problem in config.problems() if problem.split()[0] not in CHOICES]
     if s['init_from'] not in ('scratch', 'resume', 'auto') and not _is_pretrained(s):

@@ -27,6 +27,8 @@ def errors(run, *flags):
     (['--dropout=1'], 'dropout must be at least 0 and below 1, got 1.0'),
     (['--beta2=1'], 'beta2 must be at least 0 and below 1, got 1.0'),
     (['--warmup_iters=6', '--lr_decay_iters=6'], 'warmup_iters must be below lr_decay_iters'),  # 66
+    (['--context_warmup=2'], 'context_warmup must be at least 0 and at most 1, got 2.0'),
+    (['--context_warmup=0.5', '--block_size=6'], 'context_warmup needs a block_size divisible by 4'),
     (['--n_embd=8', '--n_head=3'], 'n_embd=8 is not divisible by n_head=3'),  # 67
     (['--device=cuda'], 'no CUDA here; use --device=cpu'),  # 68
     (['--device=gpu'], "device='gpu': expected cpu, mps, cuda or cuda:N"),
@@ -69,7 +71,8 @@ def test_all_mistakes_are_told_at_once(run, workdir):  # fault 69
 
 @pytest.mark.parametrize('flags', [['--warmup_iters=0'], ['--warmup_iters=50'], ['--warmup_iters=6'],
                                    ['--lr_decay_iters=0'], ['--decay_lr=False'], ['--min_lr=0', '--learning_rate=0'],
-                                   ['--lr_schedule=wsd', '--cooldown_frac=1'], ['--grad_clip=0'], ['--max_iters=0']])
+                                   ['--lr_schedule=wsd', '--cooldown_frac=1'], ['--grad_clip=0'], ['--max_iters=0'],
+                                   ['--context_warmup=1'], ['--context_warmup=0.1', '--warmup_iters=0']])
 def test_zero_and_odd_lengths_of_the_schedule_train(run, workdir, flags):  # fault 66, users.md 35
     done = run('train.py', *TINY, *flags)
     assert done.status == 0, done.err

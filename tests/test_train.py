@@ -67,6 +67,21 @@ def test_wsd_is_flat_and_then_falls_in_a_line(run, workdir):
     assert [a - b for a, b in zip(lr[12:], lr[13:])] == pytest.approx([0.001] * 9)
 
 
+def test_while_the_context_warms_up_every_token_is_still_read_once(run, workdir):
+    done = run('train.py', *TINY, '--context_warmup=0.6', '--max_iters=50')
+    with open('out/log.jsonl', encoding='utf-8') as f:
+        tokens = [0] + [r['tokens'] for r in map(json.loads, f) if 'iter' in r]
+    contexts, read = [], set()
+    for i in range(50):
+        first, column, context = done.scope['next_windows'](i / 50, tokens[i], 4)
+        new = {(first + row, column + n) for row in range(4) for n in range(context)}
+        assert not new & read and tokens[i + 1] - tokens[i] == len(new) == 4 * context
+        read |= new
+        contexts.append(context)
+    assert contexts == [2] * 16 + [4] * 14 + [8] * 20  # of 8; the first to change finishes its windows
+    assert read == {(window, n) for window in range(max(window for window, _ in read) + 1) for n in range(8)}
+
+
 def test_a_compiled_model_is_saved_under_the_same_names(run, workdir, monkeypatch):
     real = torch.compile
     monkeypatch.setattr(torch, 'compile', lambda model: real(model, backend='eager'))  # no compiler is needed
