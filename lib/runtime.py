@@ -359,7 +359,7 @@ def compile_or_fall_back(model, runtime, explicit, try_step):
     """
     if not runtime.compile:
         return model
-    compiled, states = torch.compile(model), runtime.rng_states()
+    compiled, states = torch.compile(model, dynamic=False), runtime.rng_states()  # context_warmup has three shapes
     try:
         try_step(compiled)
     except Exception as error:

@@ -85,7 +85,7 @@ def test_a_compile_that_fails_falls_back_with_one_line(monkeypatch, capfd):
 
     def broken(model):
         raise RuntimeError('no C++ compiler\nand forty more lines')
-    monkeypatch.setattr(torch, 'compile', lambda model: model)
+    monkeypatch.setattr(torch, 'compile', lambda model, dynamic: model)
     state = torch.get_rng_state()
     fast = runtime.compile_or_fall_back(net, cpu(compile=True), False, lambda m: (torch.rand(1), broken(m)))
     assert fast is net and torch.equal(torch.get_rng_state(), state)
