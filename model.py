@@ -449,19 +449,19 @@ class GPT(nn.Module):
             count -= self.transformer.wpe.weight.numel()
         return count
 
-    def flops_per_token(self):
-        """Return the FLOPs of one token's forward and backward pass at full context.
+    def flops_per_token(self, context=None):
+        """Return the FLOPs of one token's forward and backward pass in contexts of `context` tokens, or full ones.
 
         6 N + 12 L C T (PaLM, arXiv:2204.02311, appendix B): N the parameters that multiply, so no position table and
         no embedding beside an untied head; 12 L C T the two attention products, counted without the causal half.
         """
         c = self.config
         table = 0 if c.tie_weights else self.transformer.wte.weight.numel()
-        return 6 * (self.num_params() - table) + 12 * c.n_layer * c.n_embd * c.block_size
+        return 6 * (self.num_params() - table) + 12 * c.n_layer * c.n_embd * (context or c.block_size)
 
-    def mfu(self, tokens_per_second, peak_flops):
+    def mfu(self, tokens_per_second, peak_flops, context=None):
         """Return the share of `peak_flops` (FLOP/s of the device in the dtype used) that training puts to use."""
-        return self.flops_per_token() * tokens_per_second / peak_flops
+        return self.flops_per_token(context) * tokens_per_second / peak_flops
 
     def crop_block_size(self, block_size):
         """Shorten the context, for instance of GPT-2's 1024 tokens, to `block_size`; ValueError if it would grow."""

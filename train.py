@@ -46,7 +46,7 @@ data_order = 'epochs'  # epochs (every window once an epoch) | random (crops any
 gradient_accumulation_steps = 5 * 8  # micro-batches an update, over all ranks together
 batch_size = 12  # sequences in a micro-batch
 block_size = 1024  # context, tokens
-context_warmup = 0.0  # share of the run that reads shorter contexts: half of it block_size / 4, then block_size / 2
+context_warmup = 0.0  # share of a run with short contexts, block_size / 4, then / 2. --max_iters switches it off
 total_batch_tokens = 0  # tokens an update: derives gradient_accumulation_steps; 0 off
 
 # model
@@ -112,16 +112,16 @@ def lr_factor(iter_num, done, floor):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def next_windows(done, tokens_seen, n_rows):
+def next_windows(done, tokens_seen, n_rows, share):
     """Return (first, column, context): this update reads windows number `first` to first + n_rows, tokens column to
     column + context of each.
 
     A model first learns what is near, for which a short context does; the smaller updates are more for the same tokens
     (Li et al. 2021, 2108.06084). Windows that were begun are read to their ends, so an epoch still reads all of the
-    text once. done: share of the run that is past, 0 to 1.
+    text once. done: share of the run that is past, 0 to 1. share: that with short contexts.
     """
-    context = block_size // (4 if done < context_warmup / 2 else 2 if done < context_warmup else 1)
-    shortest = block_size // 4 if context_warmup else block_size
+    context = block_size // (4 if done < share / 2 else 2 if done < share else 1)
+    shortest = block_size // 4 if share else block_size
     column = tokens_seen // n_rows % block_size // shortest * shortest
     while column % context:
         context //= 2
@@ -233,7 +233,9 @@ def main():
     say(f'recipe: {report.recipe(settings, sys.argv[1:])}')
     say(f'number of parameters: {model.num_params() / 1e6:.2f}M')
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # the schedule's axis: the clock, or updates
-    say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock or context_warmup else max_iters))
+    # who counts updates means whole ones
+    short = 0.0 if settings.by_flag('max_iters') and not settings.by_flag('context_warmup') else context_warmup
+    say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock or short else max_iters))
 
     if writes and not resumed and (old := checkpoint.put_aside(out_dir)):  # now that there is a model to go there
         say(f'{out_dir} held an earlier run; its files are now in {old}')
@@ -390,7 +392,7 @@ def main():
                 rt.synchronize()
             began = time.perf_counter()
             loss_sum = 0.0
-            first, column, context = next_windows(done, tokens_seen, n_rows)
+            first, column, context = next_windows(done, tokens_seen, n_rows, short)
             for micro in range(rt.rank, micro_steps, rt.world_size):
                 starts = column + train_starts(data_order, seed, len(data.train), block_size,
                                                first + micro * batch_size, batch_size)
@@ -427,14 +429,15 @@ def main():
                 seconds = dt if seconds is None else 0.9 * seconds + 0.1 * dt
                 left = max_minutes - minutes if by_clock else seconds * (max_iters - iter_num - 1) / 60
                 loss = rt.total(float(loss_sum))[0] / rt.world_size
+                tok_s = n_rows * context / dt
                 record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
-                          'tok_s': n_rows * context / dt, 'tokens': tokens_seen + n_rows * context, 'minutes': clock(),
-                          'mfu': None if lora_rank else model.mfu(n_rows * context / dt / rt.world_size, peak_flops)}
+                          'tok_s': tok_s, 'tokens': tokens_seen + n_rows * context, 'minutes': clock(),
+                          'mfu': None if lora_rank else model.mfu(tok_s / rt.world_size, peak_flops, context)}
                 say(report.iter_line(record, dt, left))
                 if rt.master:
                     report.append_log(log, record)
                     track({f'train/{k}': v for k, v in record.items()}, iter_num)
-                    report.advance(bar, done, loss, best_val_loss, record['tok_s'], left)
+                    report.advance(bar, done, loss, best_val_loss, tok_s, left)
                 told = told or iter_num >= third and report.warn_if_long(left)
             iter_num, tokens_seen = iter_num + 1, tokens_seen + n_rows * context
     bar.close()

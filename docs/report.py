@@ -2,9 +2,9 @@
 
     python docs/report.py
 
-A table stands between the lines `<!-- table FILE: NAME ... -->` and `<!-- end -->`; a name may end in *. What is
-between them is replaced by what the file has under these names, with the commands and the machine. The row growth is
-drawn as well, as growth.png.
+A table stands between the lines `<!-- table FILE: NAME ... -->` and `<!-- end -->`; a name may end in *, and after
+`only` stands the one quantity to tell. What is between them is replaced by what the file has under these names, with
+the commands and the machine. The row growth is drawn as well, as growth.png, and runs by the clock as minutes.png.
 """
 import fnmatch
 import re
@@ -23,11 +23,13 @@ def chosen(path, patterns):
     return {name: entries[name] for pattern in patterns for name in fnmatch.filter(entries, pattern)}
 
 
-def section(entries):
+def section(entries, only):
     """Return the lines for `entries`: their tables, then for each machine the commands that were run on it."""
     if not entries:
         return ['Not measured yet.']
-    lines = ['', *table(entries), '']
+    shown = {name: {**entry, 'sides': {side: {unit: v for unit, v in units.items() if only in ('', unit)}
+                                       for side, units in entry['sides'].items()}} for name, entry in entries.items()}
+    lines = ['', *table(shown), '']
     for machine in dict.fromkeys(tuple(entry['machine'].items()) for entry in entries.values()):
         commands = dict.fromkeys(e['command'] for e in entries.values() if tuple(e['machine'].items()) == machine)
         lines += ['On ' + ', '.join(f'{key} {value}' for key, value in machine) + ':', '', '```',
@@ -38,7 +40,8 @@ def section(entries):
 def fill(text, folder):
     """Return the page's text with its tables made anew from the JSON files in `folder`."""
     def replace(match):
-        lines = section(chosen(folder / match[2], match[3].split()))
+        names, _, only = match[3].partition(' only ')
+        lines = section(chosen(folder / match[2], names.split()), only)
         return '\n'.join([match[1], *lines, match[4]])
     return re.sub(r'(<!-- table (\S+): (.*?) -->)\n.*?(<!-- end -->)', replace, text, flags=re.S)
 
@@ -68,9 +71,30 @@ def draw_growth(entry, path):
     fig.savefig(path, dpi=90)
 
 
+def draw_minutes(entries, path):
+    """Draw a picture: the validation loss by the seconds since the command, a line for each seed of each entry."""
+    from matplotlib.figure import Figure
+    fig = Figure(figsize=(9, 4.5), layout='constrained')
+    ax = fig.subplots()
+    for i, entry in enumerate(entries):
+        for side, seeds in entry['histories'].items():
+            color = 'gray' if side != 'ours' else f'C{i}'
+            for j, history in enumerate(seeds):
+                seconds, losses = zip(*history)
+                label = f'{entry["what"].split(", ", 1)[1]}: {side}'
+                ax.plot(seconds, losses, 'o-', color=color, markersize=3, linewidth=1, label=label if j == 0 else None)
+    ax.set(xlabel='seconds since the command', ylabel='validation loss', xscale='log', ylim=(1.4, 2.6))
+    ax.legend(fontsize=8)
+    machine = entries[0]['machine']
+    ax.set_title(f'characters of Shakespeare; {machine["cpu"]}, {machine["isa"]}', fontsize=10)
+    fig.savefig(path, dpi=100)
+
+
 def main():
     if entry := next(iter(chosen(PAGE.with_name('bench.json'), ['growth*']).values()), None):
         draw_growth(entry, PAGE.with_name('growth.png'))
+    if runs := list(chosen(PAGE.with_name('training.json'), ['minutes_*']).values()):
+        draw_minutes(runs, PAGE.with_name('minutes.png'))
     PAGE.write_text(fill(PAGE.read_text(encoding='utf-8'), PAGE.parent), encoding='utf-8')
     print(f'{PAGE} is up to date')
 

@@ -67,13 +67,20 @@ def test_wsd_is_flat_and_then_falls_in_a_line(run, workdir):
     assert [a - b for a, b in zip(lr[12:], lr[13:])] == pytest.approx([0.001] * 9)
 
 
+def test_who_gives_max_iters_gets_whole_contexts_in_spite_of_a_config(run, workdir):
+    (workdir / 'short.py').write_text('context_warmup = 0.6\n', encoding='utf-8')
+    run('train.py', 'short.py', *TINY, '--max_iters=6')
+    with open('out/log.jsonl', encoding='utf-8') as f:
+        assert [r['tokens'] for r in map(json.loads, f) if 'iter' in r] == [32, 64, 96, 128, 160, 192]
+
+
 def test_while_the_context_warms_up_every_token_is_still_read_once(run, workdir):
     done = run('train.py', *TINY, '--context_warmup=0.6', '--max_iters=50')
     with open('out/log.jsonl', encoding='utf-8') as f:
         tokens = [0] + [r['tokens'] for r in map(json.loads, f) if 'iter' in r]
     contexts, read = [], set()
     for i in range(50):
-        first, column, context = done.scope['next_windows'](i / 50, tokens[i], 4)
+        first, column, context = done.scope['next_windows'](i / 50, tokens[i], 4, 0.6)
         new = {(first + row, column + n) for row in range(4) for n in range(context)}
         assert not new & read and tokens[i + 1] - tokens[i] == len(new) == 4 * context
         read |= new
