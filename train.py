@@ -236,6 +236,9 @@ def main():
     # who counts updates means whole ones
     short = 0.0 if settings.by_flag('max_iters') and not settings.by_flag('context_warmup') else context_warmup
     say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock or short else max_iters))
+    if short:
+        say(f'context: {block_size // 4} tokens in the first {short / 2:.0%} of the run, {block_size // 2} until '
+            f'{short:.0%}, then {block_size}')
 
     if writes and not resumed and (old := checkpoint.put_aside(out_dir)):  # now that there is a model to go there
         say(f'{out_dir} held an earlier run; its files are now in {old}')
