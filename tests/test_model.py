@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import model
-from model import GPT, GPT2_SIZES, GPTConfig
+from model import GPT, GPT2_SIZES, GPTConfig, attend
 
 VARIANTS = [{}, {'bias': False}, {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'mlp': 'relu2'}, {'mlp': 'swiglu'},
             {'qk_norm': True}, {'tie_weights': False}, {'softcap': 15.0}, {'smear': True},
@@ -234,6 +234,15 @@ def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
 def test_a_model_that_cannot_be_is_refused_with_the_numbers(wrong, told):
     with pytest.raises(ValueError, match=told):
         GPT(GPTConfig(**{**dict(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=8), **wrong}))
+
+
+def test_attention_with_dropout_is_attention_on_average():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 6, 4)
+    many = [t.expand(20000, -1, -1, -1) for t in (q, k, v)]
+    out = attend(*many, 0.3)
+    assert not torch.equal(out[0], out[1])
+    torch.testing.assert_close(out.mean(0, keepdim=True), attend(q, k, v, 0.0), rtol=0, atol=0.03)
 
 
 def test_flops_per_token_follow_the_formula():
