@@ -83,7 +83,12 @@ def draw_minutes(entries, path):
                 seconds, losses = zip(*history)
                 label = f'{entry["what"].split(", ", 1)[1]}: {side}'
                 ax.plot(seconds, losses, 'o-', color=color, markersize=3, linewidth=1, label=label if j == 0 else None)
-    ax.set(xlabel='seconds since the command', ylabel='validation loss', xscale='log', ylim=(1.4, 2.6))
+    last = max(history[-1][0] for entry in entries for seeds in entry['histories'].values() for history in seeds)
+    ticks = [tick for tick in (10, 20, 45, 90, 180, 360, 600, 1200, 3600) if tick < 1.2 * last]
+    ax.set(xlabel='seconds since the command', ylabel='validation loss', xscale='log', xlim=(10, 1.2 * last),
+           ylim=(1.4, 2.6))
+    ax.set_xticks(ticks, labels=ticks)
+    ax.minorticks_off()
     ax.legend(fontsize=8)
     machine = entries[0]['machine']
     ax.set_title(f'characters of Shakespeare; {machine["cpu"]}, {machine["isa"]}', fontsize=10)
@@ -93,8 +98,8 @@ def draw_minutes(entries, path):
 def main():
     if entry := next(iter(chosen(PAGE.with_name('bench.json'), ['growth*']).values()), None):
         draw_growth(entry, PAGE.with_name('growth.png'))
-    if runs := list(chosen(PAGE.with_name('training.json'), ['minutes_*']).values()):
-        draw_minutes(runs, PAGE.with_name('minutes.png'))
+    if runs := chosen(PAGE.with_name('training.json'), ['minutes_*']).values():
+        draw_minutes(sorted(runs, key=lambda run: run['histories']['ours'][0][-1][0]), PAGE.with_name('minutes.png'))
     PAGE.write_text(fill(PAGE.read_text(encoding='utf-8'), PAGE.parent), encoding='utf-8')
     print(f'{PAGE} is up to date')
 
