@@ -28,7 +28,7 @@ log_interval = 10
 
 if device == 'cpu':
     max_minutes = 1.0
-    # the size that learns most in these minutes: a processor that multiplies bfloat16 reads four times the tokens
+    # in float32 what learned most of Shakespeare in three minutes; with bfloat16 more tokens are read
     n_layer, n_embd = (4, 128) if native_bf16() else (3, 96)
     batch_size, n_head = 16, 2
     eval_iters, eval_interval = 4, 250

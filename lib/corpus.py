@@ -354,7 +354,9 @@ def _report(folder, coder, meta, n_chars):
         least = min(splits, key=lambda split: splits[split]['n_tokens'])
         print(f'warning: {n_chars:,} characters are few: a model will learn them by heart, and block_size must be '
               f"below the {splits[least]['n_tokens']:,} tokens of the {least} split", file=sys.stderr)
-    configs = [path.name for path in sorted((REPO / 'config').glob('*.py'), reverse=True)  # train_* before finetune_*
+    # train_* before the others, and the plain name before train_NAME_record
+    every = sorted((REPO / 'config').glob('*.py'), key=lambda path: (not path.name.startswith('train_'), path.name))
+    configs = [path.name for path in every
                if re.search(rf"^dataset = '{folder.name}'", path.read_text(encoding='utf-8'), re.M)]
     command = f'python train.py config/{[*configs, "train_shakespeare_char.py"][0]}'
     if not configs:

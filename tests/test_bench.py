@@ -87,3 +87,12 @@ def test_the_page_gets_what_its_markers_name_and_invents_nothing(tmp_path):
     assert 'python bench.py --rows=train' in once and 'cpu abacus' in once
     assert once.count('Not measured yet.') == 1 and once.endswith('after\n')
     assert fill(once, tmp_path) == once
+    assert 'ms an update' not in fill(page.replace('train_* -->', 'train_* only val loss -->'), tmp_path)
+
+
+def test_runs_by_the_clock_are_drawn(workdir):
+    pytest.importorskip('matplotlib')
+    entry = {'what': 'characters, 45 s', 'machine': {'cpu': 'abacus', 'isa': 'beads'},
+             'histories': {'ours': [[[2, 4.2], [40, 1.7]], [[2, 4.2], [41, 1.8]]], 'nanoGPT': [[[3, 4.2], [60, 2.0]]]}}
+    runpy.run_path(str(REPO / 'docs/report.py'))['draw_minutes']([entry], 'minutes.png')
+    assert (workdir / 'minutes.png').read_bytes().startswith(b'\x89PNG')

@@ -86,6 +86,13 @@ def test_the_command_to_type_next_fits_the_small_split(prepare, tmp_path):
     assert '--dataset=book --out_dir=out-book --block_size=128\n' in prepare.out
 
 
+@pytest.mark.parametrize('name, config', [('shakespeare_char', 'train_shakespeare_char'), ('openwebtext', 'train_gpt2'),
+                                          ('shakespeare', 'finetune_shakespeare')])
+def test_of_several_configs_the_plain_one_is_named(prepare, tmp_path, name, config):
+    prepare(put(tmp_path / 'book.txt', 'ab\n' * 2000), name=name)
+    assert f'train with: python train.py config/{config}.py\n' in prepare.out
+
+
 @pytest.mark.parametrize('kind', ['char', 'byte', 'bpe', 'gpt2'])
 def test_meta_tells_the_truth_about_the_files(prepare, tmp_path, kind):
     if kind == 'gpt2' and not (REPO.parent / 'shared' / 'tiktoken').is_dir():
