@@ -33,6 +33,6 @@ if device == 'cpu':
     batch_size, n_head, dropout = 16, 2, 0.0
     eval_iters, eval_interval = 4, 250
     # what learned most, tried on the last tenth of Shakespeare's train.bin
-    pos, mlp, qk_norm, tie_weights, softcap, smear = 'rope', 'relu2', True, False, 15.0, True
-    optimizer, muon_lr, muon_momentum, learning_rate, min_lr = 'muon', 0.025, 0.9, 0.012, 0.0
+    pos, norm, mlp, qk_norm, tie_weights, smear = 'rope', 'rmsnorm', 'relu2', True, False, True
+    optimizer, muon_lr, muon_momentum, learning_rate, min_lr = 'muon', 0.015, 0.9, 0.015, 0.0
     lr_schedule, cooldown_frac, warmup_iters, context_warmup = 'wsd', 0.8, 10, 0.6

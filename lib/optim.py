@@ -24,6 +24,7 @@ class MuonAdamW(AdamW):
 
     Muon replaces the momentum of a matrix's gradient by the nearest semi-orthogonal matrix, so that every direction
     moves alike. Nesterov momentum; decoupled weight decay; the step is scaled by sqrt(max(1, rows / columns)).
+    A parameter three times as tall as wide is c_attn's: queries, keys and values, a matrix each.
     """
 
     @torch.no_grad()
@@ -56,10 +57,12 @@ class MuonAdamW(AdamW):
                 grads = [torch.where(found_inf.bool(), m, g) for m, g in zip(momenta, grads)]
             torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
             looked_ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
-            updates = orthogonalize(torch.stack(looked_ahead))  # (n, rows, columns)
+            if rows == 3 * columns:
+                rows = columns
+            updates = orthogonalize(torch.cat(looked_ahead).view(-1, rows, columns))
             rate = group['lr'] * (1.0 if found_inf is None else 1 - found_inf)
             scale = rate * max(1, rows / columns) ** 0.5
-            for p, update in zip(params, updates.unbind()):
+            for p, update in zip(params, updates.reshape(len(params), *params[0].shape)):
                 p.mul_(1 - rate * group['weight_decay']).sub_(update.to(p.dtype) * scale)
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import model
-from model import GPT, GPT2_SIZES, GPTConfig, attend
+from model import GPT, GPT2_SIZES, GPTConfig, ReLUSquared, RMSNorm, RootMeanSquare, attend, relu2
 
 VARIANTS = [{}, {'bias': False}, {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'mlp': 'relu2'}, {'mlp': 'swiglu'},
             {'qk_norm': True}, {'tie_weights': False}, {'softcap': 15.0}, {'smear': True},
@@ -23,6 +23,20 @@ def make(seed=0, **options):
 
 def tokens(B=3, T=12, seed=1):
     return torch.randint(20, (B, T), generator=torch.Generator().manual_seed(seed))
+
+
+def test_the_quick_forms_of_norm_and_relu2_have_their_gradients():
+    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    assert torch.autograd.gradcheck(RootMeanSquare.apply, (x, 1e-3)) and torch.autograd.gradcheck(ReLUSquared.apply, x)
+
+
+@pytest.mark.parametrize('quick', [RMSNorm(), relu2])
+@pytest.mark.parametrize('scale', [1.0, 1e-4])  # at the second, eps is a tenth of what is under the root
+def test_with_a_gradient_or_without_norm_and_relu2_say_the_same(quick, scale):
+    x = (scale * torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))).requires_grad_()
+    with torch.no_grad():
+        plain = quick(x)
+    torch.testing.assert_close(quick(x).detach(), plain)
 
 
 def reference(net, idx):
