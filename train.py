@@ -174,9 +174,9 @@ def bits_per_byte(loss, split, n_targets):
 
 
 def whole_losses(fast, model, rt, data):
-    """Return ([train, val] loss, val bits per byte): of the whole validation split, and of 2**17 training tokens."""
+    """Return ([train, val] loss, val bits per byte): of the whole validation split, and of 2**16 training tokens."""
     losses = [mean_loss(fast, model, rt, eval_windows(split, block_size, batch_size, rt.rank, rt.world_size, most))
-              for split, most in ((data.train, 2**17), (data.val, None))]  # millions take longer than some trainings
+              for split, most in ((data.train, 2**16), (data.val, None))]  # millions take longer than some trainings
     return losses, bits_per_byte(losses[1], data.val, len(data.val) - 1)
 
 

@@ -13,7 +13,7 @@ from configurator import UserError
 
 TINY = {
     'train.py': '--max_iters=2 --eval_iters=1 --eval_interval=2 --log_interval=1 --n_layer=1 --n_head=2 --n_embd=16 '
-                '--block_size=16 --batch_size=2 --gradient_accumulation_steps=1 --device=cpu --dtype=float32 '
+                '--block_size=16 --batch_size=32 --gradient_accumulation_steps=1 --device=cpu --dtype=float32 '
                 '--compile=False --warmup_iters=0 --lora_rank=0 --peak_tflops=1'.split(),
     'sample.py': '--num_samples=1 --max_new_tokens=5 --device=cpu --dtype=float32'.split(),
     'evaluate.py': '--device=cpu --dtype=float32'.split(),
