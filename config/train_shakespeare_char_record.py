@@ -13,10 +13,11 @@ block_size = 256
 n_layer = 4
 n_head = 2
 n_embd = 128
-pos, mlp, qk_norm, tie_weights, softcap, smear = 'rope', 'relu2', True, False, 15.0, True
+pos, norm, mlp, qk_norm, tie_weights, smear = 'rope', 'rmsnorm', 'relu2', True, False, True
 
-optimizer, muon_lr, muon_momentum, learning_rate, min_lr, beta2 = 'muon', 0.025, 0.9, 0.012, 0.0, 0.99
-lr_schedule, cooldown_frac, warmup_iters, context_warmup = 'wsd', 0.8, 10, 0.6
+optimizer, muon_lr, muon_momentum, learning_rate, min_lr, beta2 = 'muon', 0.01, 0.9, 0.006, 0.0, 0.99
+weight_decay = 0.2  # the text is read ten times
+lr_schedule, cooldown_frac, warmup_iters, context_warmup = 'wsd', 1.0, 10, 0.2
 max_iters = 6000  # two cores made between 5,750 and 6,000, more of them with short contexts
 eval_interval = 250
 eval_iters = 20
