@@ -81,7 +81,7 @@ def draw_minutes(entries, path):
             color = 'gray' if side != 'ours' else f'C{i}'
             for j, history in enumerate(seeds):
                 seconds, losses = zip(*history)
-                label = f'{entry["what"].split(", ", 1)[1]}: {side}'
+                label = entry['what'].split(', ', 1)[1] if side == 'ours' else side
                 ax.plot(seconds, losses, 'o-', color=color, markersize=3, linewidth=1, label=label if j == 0 else None)
     last = max(history[-1][0] for entry in entries for seeds in entry['histories'].values() for history in seeds)
     ticks = [tick for tick in (10, 20, 45, 90, 180, 360, 600, 1200, 3600) if tick < 1.2 * last]
