@@ -23,7 +23,7 @@ eval_iters = 20
 log_interval = 10
 always_save_checkpoint = True  # the operands cannot be foreseen, so the loss hardly tells which model calculates best
 
-# what learned most in 90 seconds, tried on the last tenth of train.bin
+# an earlier recipe for Shakespeare's characters
 pos, mlp, qk_norm, tie_weights, softcap = 'rope', 'relu2', True, False, 15.0
 optimizer, muon_lr, learning_rate, min_lr = 'muon', 0.03, 6e-3, 0.0
 lr_schedule, cooldown_frac, warmup_iters = 'wsd', 0.8, 10

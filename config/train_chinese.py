@@ -26,7 +26,7 @@ if device == 'cpu':
     max_minutes = 10.0
     batch_size, block_size, n_layer, n_head, n_embd, dropout = 16, 128, 4, 2, 128, 0.0
     eval_iters, eval_interval = 10, 250
-    # what learned most in 90 seconds, tried on the last tenth of train.bin
+    # an earlier recipe for Shakespeare's characters
     pos, mlp, qk_norm, tie_weights, softcap = 'rope', 'relu2', True, False, 15.0
     optimizer, muon_lr, learning_rate, min_lr = 'muon', 0.03, 6e-3, 0.0
     lr_schedule, cooldown_frac, warmup_iters = 'wsd', 0.8, 10

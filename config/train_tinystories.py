@@ -1,8 +1,8 @@
 """TinyStories by a model of 30 million parameters: prepare with `python data/tinystories/prepare.py`.
 
 64 x 256 = 16,384 tokens an iteration; 20,000 iterations read two thirds of the stories once. Rotary positions, RMSNorm
-and QK-norm as in every recent model, AdamW as in GPT-2's. Where this was written the stories could not be fetched, so
-only a few updates were run, on stories made up in their format: no loss is promised, neither here nor on a CPU.
+and QK-norm as in recent models, AdamW as in GPT-2's; on a CPU Muon. Where this was written the stories could not be
+fetched, so only a few updates were run, on stories made up in their format: no loss is promised, here or on a CPU.
 """
 out_dir = 'out-tinystories'
 dataset = 'tinystories'

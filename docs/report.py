@@ -86,7 +86,7 @@ def draw_minutes(entries, path):
     last = max(history[-1][0] for entry in entries for seeds in entry['histories'].values() for history in seeds)
     ticks = [tick for tick in (10, 20, 45, 90, 180, 360, 600, 1200, 3600) if tick < 1.2 * last]
     ax.set(xlabel='seconds since the command', ylabel='validation loss', xscale='log', xlim=(10, 1.2 * last),
-           ylim=(1.4, 2.6))
+           ylim=(1.35, 2.6))
     ax.set_xticks(ticks, labels=ticks)
     ax.minorticks_off()
     ax.legend(fontsize=8)

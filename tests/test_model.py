@@ -31,7 +31,7 @@ def test_the_quick_forms_of_norm_and_relu2_have_their_gradients():
 
 
 @pytest.mark.parametrize('quick', [RMSNorm(), relu2])
-@pytest.mark.parametrize('scale', [1.0, 1e-4])  # at the second, eps is a tenth of what is under the root
+@pytest.mark.parametrize('scale', [1.0, 1e-4])  # at the second, eps is most of what is under the root
 def test_with_a_gradient_or_without_norm_and_relu2_say_the_same(quick, scale):
     x = (scale * torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))).requires_grad_()
     with torch.no_grad():

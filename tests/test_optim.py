@@ -82,6 +82,19 @@ def test_without_momentum_muon_takes_the_newest_gradient_alone():
     torch.testing.assert_close(before - matrix.detach(), step, rtol=0, atol=1e-7)
 
 
+def test_muon_orthogonalizes_queries_keys_and_values_of_each_layer_apart():
+    net = tiny()
+    opt = make_optimizer('muon', net.param_groups(0.0, matrices_apart=True), 2e-2, 2e-2, (0.9, 0.95), 'cpu', 0.0)
+    before = copy.deepcopy(net)
+    idx = torch.arange(16).view(2, 8)
+    net(idx, idx.flip(1))[1].backward()
+    opt.step()
+    for old, block in zip(before.transformer.h, net.transformer.h):
+        weight = block.attn.c_attn.weight  # (48, 16)
+        step = 2e-2 * torch.cat([orthogonalize(part[None])[0].float() for part in weight.grad.split(16)])
+        torch.testing.assert_close(old.attn.c_attn.weight - weight, step, rtol=0, atol=1e-6)
+
+
 def test_muon_moves_matrices_by_an_orthogonal_step_and_the_rest_as_adamw():
     net, other = tiny(), tiny()
     before = [p.detach().clone() for p in net.parameters()]
