@@ -8,7 +8,7 @@
 
 Each measurement is a process of its own, and the sides of a row take turns: a number is the median over the turns,
 with the lowest and the highest. Where there is a command to do it, that command is what runs, on random tokens and
-weights; its updates are timed by the lines that it prints. What is timed from within is in lib/timed.py.
+weights; its updates are timed by the lines that it prints. What is timed from within is in benchmarks/workloads.py.
 """
 import array
 import contextlib
@@ -27,8 +27,8 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+from benchmarks.harness import add, inside, summary, table, watch
 from configurator import REPO, UserError, configure
-from lib.timing import add, inside, summary, table, watch
 
 rows = 'train_small,sample_small,batches'  # rows to measure, with commas between; 'all', or 'list' to see them
 vs = ''  # folder of a nanoGPT checkout to compare with; '' none
@@ -206,7 +206,7 @@ def preparing(tokenizer, million, side):
     shutil.rmtree(peer, ignore_errors=True)
     peer.mkdir()
     if side == 'ours':
-        code = f'import sys; sys.path.insert(0, {str(REPO)!r}); from lib.corpus import prepare; prepare("peer/_")'
+        code = f'import sys; sys.path.insert(0, {str(REPO)!r}); from lib.text.prepare import prepare; prepare("peer/_")'
         command = [sys.executable, '-c', code, f'--input={text}', f'--tokenizer={tokenizer}']
     elif tokenizer == 'char':
         shutil.copy(HOME / vs / 'data/shakespeare_char/prepare.py', peer)

@@ -17,9 +17,13 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError, configure, find_path
-from lib import dataset as datasets
-from lib import models, report, runtime, sources, tasks
-from lib.tokenizer import difference
+from lib import tasks
+from lib.machine import runtime
+from lib.text import dataset as datasets
+from lib.text import read_text as read_text_room
+from lib.text.tokenizer import difference
+from lib.training import log
+from lib.weights import load_model
 
 # model
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
@@ -53,7 +57,7 @@ def check(s):
         'dtype': (s['dtype'] in ('auto', *runtime.DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
     }
     found = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in rules.items() if not fine]
-    found += sources.encoding_problems(s['encoding'])
+    found += read_text_room.encoding_problems(s['encoding'])
     found += [f'{name}={s[name]}: there is no such file' for name in ('text', 'input')
               if s[name] and not find_path(s[name]).is_file()]
     if sum(bool(s[name]) for name in ('dataset', 'text', 'task')) > 1:
@@ -86,7 +90,7 @@ def split_nats(model, rt, tokens, block_size, stride):
         return float(model(*rt.put(idx, targets), loss_only=True)[1]) * int(fresh.sum())
 
     count = 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
-    for window in report.watched(windows(len(tokens), block_size, stride), count, 'windows'):
+    for window in log.watched(windows(len(tokens), block_size, stride), count, 'windows'):
         if batch and (len(batch) == batch_size or window[1] != batch[0][1]):
             nats, batch = nats + score(), []
         batch.append(window)
@@ -101,7 +105,7 @@ def continuation_nats(model, rt, rows):
     """
     results = []
     firsts = range(0, len(rows), batch_size)
-    for first in report.watched(firsts, len(firsts), 'batches'):
+    for first in log.watched(firsts, len(firsts), 'batches'):
         whole = [(context + end)[-model.config.block_size - 1:] for context, end in rows[first:first + batch_size]]
         fresh = [min(len(end), len(ids) - 1) for (_, end), ids in zip(rows[first:first + batch_size], whole)]
         T = max(map(len, whole)) - 1
@@ -129,7 +133,7 @@ def run_task(model, tok, rt):
 def read_text(tok):
     """Return the text file as a datasets.Split of the model's tokens."""
     path = find_path(text)
-    content = ''.join(sources.chunks(path, encoding))
+    content = ''.join(read_text_room.chunks(path, encoding))
     ids = np.array(tok.encode(content), dtype=np.uint32)
     return datasets.Split(path, ids, len(content.encode()), '', tok.vocab_size)
 
@@ -162,8 +166,8 @@ def main(argv=None):
     settings = configure(globals(), argv, early={'device': runtime.pick_device}, check=check)
     settings.setdefault('seed', 0)  # nothing is drawn here
     rt = runtime.start(settings)
-    model, tok, state = models.open_model(init_from, out_dir)
-    if models.has_nan(model):
+    model, tok, state = load_model.open_model(init_from, out_dir)
+    if load_model.has_nan(model):
         raise UserError(f'checkpoint contains NaN (iter {state.get("iter_num", "unknown")})')
     if tok.vocab_size > model.config.vocab_size:
         raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) {tok.vocab_size}: '

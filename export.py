@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure
-from lib import models
+from lib.weights import load_model
 
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
@@ -104,9 +104,9 @@ def main(argv=None):
     configure(globals(), argv)
     from safetensors.torch import save_file
     folder = Path(to or Path(out_dir) / 'hf')
-    model, tok, _ = models.open_model(init_from, out_dir)
+    model, tok, _ = load_model.open_model(init_from, out_dir)
     config = hf_config(model.config, tok)
-    if models.has_nan(model):
+    if load_model.has_nan(model):
         raise UserError(f'the weights of {out_dir if init_from == "resume" else init_from} are not finite')
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import UserError, configure
-from lib.report import read_log, warn
+from lib.training.log import read_log, warn
 
 out_dirs = 'out'  # the run folders
 axis = 'iterations'  # iterations | tokens | minutes

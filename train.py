@@ -16,11 +16,15 @@ import time
 import torch
 
 from configurator import UserError, configure
-from lib import checkpoint, lora, models, preflight, report, runtime, tokenizer
-from lib.dataset import eval_starts, eval_windows, train_starts
 from lib.generate import complete
-from lib.optim import make_optimizer, restore, z_score
-from lib.trackers import open_trackers
+from lib.machine import runtime
+from lib.text import tokenizer
+from lib.text.dataset import eval_starts, eval_windows, train_starts
+from lib.training import log as report
+from lib.training import preflight
+from lib.training.optim import make_optimizer, restore, z_score
+from lib.training.trackers import open_trackers
+from lib.weights import checkpoint, load_model, lora
 from model import GPT, GPTConfig
 
 # output
@@ -209,13 +213,13 @@ def main():
     # the model: from a checkpoint, from scratch, or from GPT-2's weights
     if resumed:
         path, state = resumed
-        model = models.build(state, path, dropout=dropout)
+        model = load_model.build(state, path, dropout=dropout)
     elif init_from in ('scratch', 'auto'):
         vocab_size = 50304 if data.tokenizer['kind'] == 'gpt2' else data.vocab_size  # 50257, padded for speed
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, pos, norm, mlp, qk_norm,
                               tie_weights, softcap, smear))
     else:
-        model = models.pretrained(init_from, dropout=dropout, block_size=block_size)
+        model = load_model.pretrained(init_from, dropout=dropout, block_size=block_size)
     if lora_rank and not resumed:
         lora.adapt(model, lora_rank)
     model.compute_in(rt.dtype)  # weights stay float32
@@ -308,7 +312,7 @@ def main():
         """Write last.pt, and ckpt.pt as the same file; a failure is an error where `must`, else a warning."""
         nonlocal saved_iter
         state, failure = snapshot(), ''
-        if rt.maximum(models.has_nan(model))[0]:
+        if rt.maximum(load_model.has_nan(model))[0]:
             failure = f'the weights of iter {iter_num} are not finite; they were not saved'
         elif rt.master:
             try:

@@ -40,9 +40,9 @@ def watch(command, pattern='', enough=lambda found: False, env=None):
 
 
 def inside(name, *args):
-    """Return what a function of lib/timed.py returns, called in a process of its own."""
-    code = (f'import json, sys; sys.path.insert(0, {str(REPO)!r}); from lib import timed; '
-            f'print("result", json.dumps(timed.{name}(*{args!r})))')
+    """Return what a function of benchmarks/workloads.py returns, called in a process of its own."""
+    code = (f'import json, sys; sys.path.insert(0, {str(REPO)!r}); from benchmarks import workloads; '
+            f'print("result", json.dumps(workloads.{name}(*{args!r})))')
     return json.loads(watch([sys.executable, '-c', code], '^result (.*)')[0][-1][1][1])
 
 

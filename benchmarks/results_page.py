@@ -1,6 +1,6 @@
 """Bring the tables of docs/results.md up to date with the JSON files beside it.
 
-    python docs/report.py
+    python benchmarks/results_page.py
 
 A table stands between the lines `<!-- table FILE: NAME ... -->` and `<!-- end -->`; a name may end in *, and after
 `only` stands the one quantity to tell. What is between them is replaced by what the file has under these names, with
@@ -12,9 +12,10 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from lib.timing import read, table
+from benchmarks.harness import read, table
+from configurator import REPO
 
-PAGE = Path(__file__).with_name('results.md')
+PAGE = REPO / 'docs' / 'results.md'
 
 
 def chosen(path, patterns):

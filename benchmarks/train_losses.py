@@ -1,6 +1,7 @@
 """Measure training runs: whole commands, seed by seed, in turns with nanoGPT's; the same evaluation for both.
 
-    python docs/measure.py --name=cpu-recipe --dataset=shakespeare_char --ours="config/train_shakespeare_char.py
+    python benchmarks/train_losses.py --name=cpu-recipe --dataset=shakespeare_char
+        --ours="config/train_shakespeare_char.py
         --device=cpu" --vs=../nanoGPT --text=tinyshakespeare.txt --theirs="config/train_shakespeare_char.py ..."
 
 The loss is that of the checkpoint which the program itself keeps, over the whole validation split, in float32, by our
@@ -16,8 +17,8 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from benchmarks.harness import add, inside, summary, table, watch
 from configurator import REPO, UserError, configure, find_path
-from lib.timing import add, inside, summary, table, watch
 
 name = ''  # the entry in the JSON file; a same one is replaced
 what = ''  # what the table calls it; '' the name
@@ -104,7 +105,8 @@ def main():
                 runs[side].append(train(side, int(seed)))
                 print(f'{name}, seed {seed}, {side}: {runs[side][-1][0]}', file=sys.stderr, flush=True)
     found = {name: {
-        'what': what or name, 'command': shlex.join(['python', 'docs/measure.py', *sys.argv[1:]]), 'machine': about,
+        'what': what or name, 'machine': about,
+        'command': shlex.join(['python', 'benchmarks/train_losses.py', *sys.argv[1:]]),
         'seeds': seeds, 'sides': {side: {unit: summary([quantities[unit] for quantities, _, _ in each])
                                          for unit in each[0][0]} for side, each in runs.items()},
         'histories': {side: [history for _, history, _ in each] for side, each in runs.items()},

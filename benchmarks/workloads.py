@@ -44,7 +44,7 @@ def per_second(job, least=2.0):
 
 def write_checkpoint(name, args, dataset):
     """Write a model of random weights to the folder `name`, as both programs read it; args are its GPTConfig's."""
-    from lib import checkpoint
+    from lib.weights import checkpoint
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(**args))
     Path(name).mkdir()
@@ -73,7 +73,9 @@ def profile(argv, trace):
 
 def guards(sizes, batch_size):
     """Time what train.py does in each update to keep unfit ids and numbers out of the weights."""
-    from lib import dataset, optim, runtime
+    from lib.machine import runtime
+    from lib.text import dataset
+    from lib.training import optim
     from model import GPT, GPTConfig
     runtime.keep_memory()
     model = GPT(GPTConfig(vocab_size=65, bias=False, **sizes))
@@ -110,7 +112,7 @@ def batches(side, vs, batch_size, block_size):
     """Time how quickly batches come; nanoGPT's function is taken out of its train.py, which trains when imported."""
     import numpy as np
     if side == 'ours':
-        from lib import dataset
+        from lib.text import dataset
         split = dataset.open_dataset('bench_char', block_size).train
         return {'batches/s': per_second(lambda i: split.batch(dataset.train_starts(
             'epochs', 1337, len(split), block_size, i * batch_size, batch_size), block_size))}
@@ -151,8 +153,8 @@ def generating(side, vs, device, dtype, prompt, new):
             else:
                 list(generate(model, idx[0].tolist(), 1, n, **rules))
     if side == 'ours':
-        from lib import runtime
         from lib.generate import generate
+        from lib.machine import runtime
         runtime.keep_memory()
     model = model.eval().to(device, getattr(torch, dtype))
     with torch.inference_mode():
@@ -166,9 +168,11 @@ def sliding(out_dir, home, device, keep):
     Nats: means over the same 4000 tokens of the validation text. After a slide contexts grow from the kept length to
     the whole, so tokens are predicted after each of these lengths in turn, and all of them after the whole.
     """
-    from lib import dataset, generate, models
+    from lib import generate
+    from lib.text import dataset
+    from lib.weights import load_model
     os.chdir(home)
-    model, _, state = models.open_model('resume', out_dir)
+    model, _, state = load_model.open_model('resume', out_dir)
     model, generate.KEEP = model.to(device), keep
     val, T = dataset.open_dataset(state['config']['dataset'], 1).val, model.config.block_size
     targets = torch.linspace(T, len(val) - T - 1, min(4000, len(val) - 2 * T)).long()
@@ -222,7 +226,7 @@ def tiktoken(name):
 
 def storing(side):
     """Time saving and loading a training state of 124M parameters; the bare way is torch.save, fsync and torch.load."""
-    from lib import checkpoint
+    from lib.weights import checkpoint
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(bias=False))
     moments = {i: {'exp_avg': p.detach().clone(), 'exp_avg_sq': p.detach().clone()}

@@ -76,7 +76,8 @@ def trace(cwd, name):
     digest = hashlib.sha256()
     for key, tensor in sorted(torch.load(cwd / out / 'last.pt', weights_only=True)['model'].items()):
         digest.update(key.encode() + tensor.contiguous().numpy().tobytes())
-    return {'updates': updates, 'evaluations': [[r['step'], r['train_loss'], r['val_loss']] for r in log if 'step' in r],
+    evaluations = [[r['step'], r['train_loss'], r['val_loss']] for r in log if 'step' in r]
+    return {'updates': updates, 'evaluations': evaluations,
             'weights': digest.hexdigest()}
 
 

@@ -81,7 +81,7 @@ def break_call(monkeypatch, module, name, error, when=lambda *args: True):
 
 _ranks = multiprocessing.get_context('forkserver')
 _ranks.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'lib.generate', 'tqdm',
-                               'lib.preflight', 'lib.report'])
+                               'lib.training.preflight', 'lib.training.log'])
 
 
 def _be_rank(rank, n, port, cwd, argv, hook, env):

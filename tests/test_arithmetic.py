@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from configurator import REPO
-from lib.tokenizer import CharTokenizer
+from lib.text.tokenizer import CharTokenizer
 from model import GPT, GPTConfig
 
 MAKE = runpy.run_path(str(REPO / 'data' / 'arithmetic' / 'prepare.py'))

@@ -1,4 +1,4 @@
-"""lib/checkpoint.py: what goes in comes out, and which file is resumed."""
+"""lib/weights/checkpoint.py: what goes in comes out, and which file is resumed."""
 import os
 
 import pytest
@@ -6,8 +6,8 @@ import torch
 from kit import differences, load
 
 from configurator import UserError
-from lib import checkpoint
-from lib.checkpoint import claim, newest, put_aside, save
+from lib.weights import checkpoint
+from lib.weights.checkpoint import claim, newest, put_aside, save
 
 
 def state(iter_num=3, **more):

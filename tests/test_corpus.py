@@ -1,4 +1,4 @@
-"""lib/corpus.py and data/*/prepare.py: what is read, how it is split, and what is written."""
+"""lib/text/prepare.py and data/*/prepare.py: what is read, how it is split, and what is written."""
 import gzip
 import hashlib
 import json
@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from configurator import REPO
-from lib import corpus, sources, tokenizer
+from lib.text import prepare as prepare_room
+from lib.text import read_text, tokenizer
 
 if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared))
@@ -28,7 +29,7 @@ def prepare(tmp_path, monkeypatch, capfd):
 
     def prepare(*flags, dataset='text', **fixed):
         monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, flags)])
-        corpus.prepare(tmp_path / 'data' / dataset / 'prepare.py', **fixed)
+        prepare_room.prepare(tmp_path / 'data' / dataset / 'prepare.py', **fixed)
         prepare.out, prepare.err = capfd.readouterr()
         return Dataset(max((tmp_path / 'data').glob('*/meta.json'), key=lambda p: p.stat().st_mtime_ns).parent)
     return prepare
@@ -132,7 +133,7 @@ def test_another_encoding_is_read_by_name(prepare, tmp_path):
 
 
 def test_a_character_split_between_two_chunks_is_whole(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'CHUNK', 7)
+    monkeypatch.setattr(read_text, 'CHUNK', 7)
     text = '人之初，性本善👩‍👩‍👧‍👦' * 40
     data = prepare(put(tmp_path / 'book.txt', text))
     assert data.text('train') + data.text('val') == text
@@ -174,7 +175,7 @@ def test_empty_documents_leave_no_trace(prepare, tmp_path):
 
 
 def test_a_delimiter_divides_a_text_file_into_documents(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'CHUNK', 50)
+    monkeypatch.setattr(read_text, 'CHUNK', 50)
     story = put(tmp_path / 'stories.txt', '<|endoftext|>\n'.join(LINES))
     data = prepare(story, '--tokenizer=bpe', '--vocab_size=300', delimiter='<|endoftext|>')
     assert data.text('val').split('<|endoftext|>')[:-1] == [line.strip() for line in LINES[9::10]]
@@ -268,8 +269,8 @@ def test_the_dataset_is_named_after_the_text_or_by_the_user(prepare, tmp_path):
 
 @pytest.mark.parametrize('kind', ['char', 'byte', 'bpe'])
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(prepare, tmp_path, monkeypatch, kind):
-    monkeypatch.setattr(sources, 'CHUNK', 100)
-    monkeypatch.setattr(corpus, '_WINDOW', 20)
+    monkeypatch.setattr(read_text, 'CHUNK', 100)
+    monkeypatch.setattr(prepare_room, '_WINDOW', 20)
     text = TEXT + 'nospace' * 200 + '天地玄黄，宇宙洪荒。' * 50 + '\n \n\t  x' * 100
     data = prepare(put(tmp_path / 'book.txt', text), f'--tokenizer={kind}', *['--vocab_size=400'] * (kind == 'bpe'))
     edge = int(len(text) * 0.9)
@@ -278,7 +279,7 @@ def test_a_long_text_in_pieces_has_the_ids_of_the_whole(prepare, tmp_path, monke
 
 
 def test_the_bytes_do_not_depend_on_the_number_of_processes(prepare, tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, 'CHUNK', 1000)
+    monkeypatch.setattr(read_text, 'CHUNK', 1000)
     path = put(tmp_path / 'lines.jsonl', json_lines(LINES))
     made = [prepare(path, f'--num_proc={n}', '--tokenizer=bpe', '--vocab_size=300') for n in (1, 2, 3)]
     assert made[0].meta == made[1].meta == made[2].meta
@@ -287,8 +288,8 @@ def test_the_bytes_do_not_depend_on_the_number_of_processes(prepare, tmp_path, m
 def test_processes_may_be_spawned_as_on_windows(prepare, tmp_path, monkeypatch):
     import multiprocessing
     started = []
-    monkeypatch.setattr(sources, 'CHUNK', 1000)
-    monkeypatch.setattr(corpus, 'ProcessPoolExecutor', lambda n, **more: started.append(n) or Pool(
+    monkeypatch.setattr(read_text, 'CHUNK', 1000)
+    monkeypatch.setattr(prepare_room, 'ProcessPoolExecutor', lambda n, **more: started.append(n) or Pool(
         n, mp_context=multiprocessing.get_context('spawn'), **more))
     from concurrent.futures import ProcessPoolExecutor as Pool
     path = put(tmp_path / 'lines.jsonl', json_lines(LINES))
@@ -297,15 +298,15 @@ def test_processes_may_be_spawned_as_on_windows(prepare, tmp_path, monkeypatch):
 
 
 def test_the_sample_a_bpe_learns_from_is_bounded_and_even(monkeypatch):
-    monkeypatch.setattr(corpus, '_SAMPLE', 1000)
-    *_, sample = corpus._survey(((f'{i:09d}\n', True) for i in range(10_000)), np.inf)
+    monkeypatch.setattr(prepare_room, '_SAMPLE', 1000)
+    *_, sample = prepare_room._survey(((f'{i:09d}\n', True) for i in range(10_000)), np.inf)
     numbers = [int(text) for text in sample]
     assert 500 <= sum(map(len, sample)) <= 1000 and len(set(np.diff(numbers))) == 1 and numbers[-1] > 9_800
 
 
 @pytest.mark.slow
 def test_memory_does_not_grow_with_the_corpus(tmp_path):
-    script = ('import resource, sys; sys.path.insert(0, {repo!r}); from lib.corpus import prepare\n'
+    script = ('import resource, sys; sys.path.insert(0, {repo!r}); from lib.text.prepare import prepare\n'
               'prepare({script!r}, tokenizer="byte")\n'
               'print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)')
     peaks = []
@@ -346,7 +347,7 @@ def test_a_prepare_script_needs_neither_torch_nor_tiktoken_nor_datasets(tmp_path
     code = (f'import sys; sys.path.insert(0, {str(REPO)!r})\n'
             'absent = "torch", "tiktoken", "datasets", "tokenizers", "tqdm", "pyarrow", "requests"\n'
             'sys.modules.update(dict.fromkeys(absent))\n'
-            'from lib.corpus import prepare; prepare("data/text/prepare.py")')
+            'from lib.text.prepare import prepare; prepare("data/text/prepare.py")')
     subprocess.run([sys.executable, '-c', code, 'book.txt'], cwd=tmp_path, check=True, capture_output=True)
     assert (tmp_path / 'data' / 'book' / 'train.bin').exists()
 
@@ -354,7 +355,7 @@ def test_a_prepare_script_needs_neither_torch_nor_tiktoken_nor_datasets(tmp_path
 def test_a_c_locale_breaks_nothing(tmp_path):
     put(tmp_path / 'å中👍.txt', 'å中👍\n' * 100)
     code = (f'import sys; sys.path.insert(0, {str(REPO)!r})\n'
-            'from lib.corpus import prepare; prepare("data/text/prepare.py")')
+            'from lib.text.prepare import prepare; prepare("data/text/prepare.py")')
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
     done = subprocess.run([sys.executable, '-c', code, '--input=å中👍.txt', '--name=x'], cwd=tmp_path, env=env,
                           capture_output=True, check=True)

@@ -1,8 +1,8 @@
-"""lib/dataset.py: which tokens a batch holds is a pure function of the seed and the sample's number."""
+"""lib/text/dataset.py: which tokens a batch holds is a pure function of the seed and the sample's number."""
 import numpy as np
 import pytest
 
-from lib.dataset import eval_starts, eval_windows, folder, open_dataset, train_starts
+from lib.text.dataset import eval_starts, eval_windows, folder, open_dataset, train_starts
 
 
 def starts(order='epochs', seed=1, n_tokens=1000, block_size=8, first=0, count=100):
@@ -82,7 +82,7 @@ def test_targets_are_the_tokens_one_on(workdir):
 
 
 def test_a_mapped_file_reads_as_one_in_memory(workdir, monkeypatch):
-    from lib import dataset
+    from lib.text import dataset
     small = open_dataset('tiny', 8).train.batch(np.arange(50), 8)
     monkeypatch.setattr(dataset, 'IN_MEMORY', 0)
     mapped = open_dataset('tiny', 8).train

@@ -14,7 +14,7 @@ BOTH = pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 # Hooks: code that a rank runs before the script
 KEEP_GRADIENTS = """
 import torch
-from lib import runtime
+from lib.machine import runtime
 real, calls = torch.nn.utils.clip_grad_norm_, []
 def clip_grad_norm_(params, most):
     params = list(params)
@@ -26,7 +26,7 @@ torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
 """
 AT_BATCH = """
 import os, signal
-from lib import dataset
+from lib.text import dataset
 import torch
 real, calls = dataset.Split.batch, []
 def batch(self, *args):
@@ -113,7 +113,7 @@ def test_resuming_two_ranks_is_exact_with_dropout(workdir, parallel):
 
 def test_under_fsdp_a_rank_holds_half_of_the_model(workdir):
     hook = """
-from lib import runtime
+from lib.machine import runtime
 real = runtime.place
 def place(*args):
     model = real(*args)

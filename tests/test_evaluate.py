@@ -9,9 +9,10 @@ import torch.nn.functional as F
 from conftest import TINY, write_dataset
 
 import evaluate
-from lib import checkpoint, tasks
-from lib.dataset import Split
-from lib.runtime import Runtime
+from lib import tasks
+from lib.machine.runtime import Runtime
+from lib.text.dataset import Split
+from lib.weights import checkpoint
 from model import GPT, GPTConfig
 
 RT = Runtime(torch.device('cpu'), torch.float32, False, '')

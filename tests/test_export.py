@@ -5,7 +5,8 @@ import pytest
 import torch
 
 import export
-from lib import checkpoint, tokenizer
+from lib.text import tokenizer
+from lib.weights import checkpoint
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')

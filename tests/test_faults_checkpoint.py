@@ -10,11 +10,11 @@ from conftest import TINY
 from kit import break_call, flip, inside, load, python, shorten
 
 from configurator import UserError
-from lib import checkpoint
+from lib.weights import checkpoint
 
 LOOP = """
 import sys, torch
-from lib import checkpoint
+from lib.weights import checkpoint
 size = int(sys.argv[2])
 for i in range(10**6):
     state = {'model': {'w': torch.full((size,), float(i))}, 'model_args': {}, 'iter_num': i}
@@ -102,8 +102,8 @@ def test_a_full_disk_at_the_last_save_is_an_error_and_the_old_file_stays(run, tr
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(run, trained, monkeypatch):  # fault 2
-    from lib import report
-    break_call(monkeypatch, report.json, 'dumps', OSError(28, 'No space left on device'), lambda r: r.get('iter') == 7)
+    from lib.training import log
+    break_call(monkeypatch, log.json, 'dumps', OSError(28, 'No space left on device'), lambda r: r.get('iter') == 7)
     done = resume(run)
     assert done.status == 0 and done.err.count('No space left on device') == 1
 

@@ -9,7 +9,7 @@ from conftest import TINY, write_dataset
 from kit import load
 
 from configurator import UserError
-from lib import dataset
+from lib.text import dataset
 
 
 def refused(run, *flags):

@@ -11,7 +11,8 @@ import threading
 import pytest
 
 from configurator import REPO
-from lib import corpus, sources, tokenizer
+from lib.text import prepare as prepare_room
+from lib.text import read_text, tokenizer
 
 TEXT = 'some text to prepare, line after line\n' * 100
 
@@ -19,7 +20,7 @@ TEXT = 'some text to prepare, line after line\n' * 100
 @pytest.fixture
 def script(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sources, 'WAIT', 0.01)
+    monkeypatch.setattr(read_text, 'WAIT', 0.01)
     (tmp_path / 'data' / 'x').mkdir(parents=True)
     return tmp_path / 'data' / 'x' / 'prepare.py'
 
@@ -28,7 +29,7 @@ def script(tmp_path, monkeypatch):
 def prepare(script, monkeypatch):
     def prepare(*flags, **fixed):
         monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, flags)])
-        corpus.prepare(script, **fixed)
+        prepare_room.prepare(script, **fixed)
     return prepare
 
 
@@ -57,7 +58,7 @@ def contents(folder):
 KILL = """
 import os, sys
 sys.path.insert(0, {repo!r})
-from lib import corpus
+from lib.text import prepare
 calls = []
 def kill(function, at):
     def wrapped(*args, **kwargs):
@@ -67,7 +68,7 @@ def kill(function, at):
         return function(*args, **kwargs)
     return wrapped
 os.{name} = kill(os.{name}, {at})
-corpus.prepare({script!r})
+prepare_room.prepare({script!r})
 """
 
 
@@ -116,7 +117,7 @@ def test_a_failed_rename_leaves_no_temporary_file_and_a_line(script, prepare, tm
 def test_a_full_disk_leaves_the_old_dataset_and_no_temporary_file(script, prepare, tmp_path):
     prepare(put(tmp_path / 'a.txt', TEXT))
     before = contents(script.parent)
-    code = (f'import resource, sys; sys.path.insert(0, {str(REPO)!r}); from lib.corpus import prepare\n'
+    code = (f'import resource, sys; sys.path.insert(0, {str(REPO)!r}); from lib.text.prepare import prepare\n'
             f'resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); prepare({str(script)!r})')
     done = subprocess.run([sys.executable, '-c', code, tmp_path / 'a.txt'], capture_output=True, text=True)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
@@ -127,7 +128,7 @@ def test_a_full_disk_leaves_the_old_dataset_and_no_temporary_file(script, prepar
 def test_ctrl_c_ends_plainly_and_leaves_no_temporary_file(script, prepare, tmp_path, monkeypatch, capfd):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(corpus, '_work', interrupt)
+    monkeypatch.setattr(prepare_room, '_work', interrupt)
     with pytest.raises(SystemExit) as end:
         prepare(put(tmp_path / 'a.txt', TEXT))
     assert end.value.code == 130 and not contents(script.parent)
@@ -139,7 +140,8 @@ def test_an_id_beyond_the_vocabulary_is_never_written(script, tmp_path):
     import numpy as np
     coder = tokenizer.from_spec({'kind': 'byte'})
     with pytest.raises(AssertionError, match='70000'):
-        corpus.write(script.parent, coder, [('train', np.array([70000], '<u4'), 1, 1), ('val', np.array([1]), 1, 1)])
+        jobs = [('train', np.array([70000], '<u4'), 1, 1), ('val', np.array([1]), 1, 1)]
+        prepare_room.write(script.parent, coder, jobs)
     assert not contents(script.parent)
 
 
@@ -307,14 +309,14 @@ def test_a_file_that_is_not_there_is_named(prepare, capfd):
 @pytest.mark.parametrize('flags', [[], ['--name=x']])
 def test_a_pattern_that_matches_no_file_says_so(script, tmp_path, monkeypatch, capfd, flags):
     monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input=*.text', *flags])
-    message = fails(capfd, lambda: corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
+    message = fails(capfd, lambda: prepare_room.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
     assert '--input=*.text: the pattern matches no file' in message
 
 
 def test_a_pattern_gives_the_dataset_no_name(script, tmp_path, monkeypatch, capfd):
     put(tmp_path / 'a.txt', TEXT)
     monkeypatch.setattr(sys, 'argv', ['prepare.py', '--input=*.txt'])
-    message = fails(capfd, lambda: corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
+    message = fails(capfd, lambda: prepare_room.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
     assert '--input=*.txt gives the dataset no name; choose one with --name=' in message
 
 
@@ -346,7 +348,7 @@ def test_a_vocabulary_size_for_a_fixed_vocabulary_is_refused(prepare, capfd):
 def test_a_dataset_with_a_script_of_its_own_is_never_overwritten(tmp_path, monkeypatch, capfd, flags):
     monkeypatch.setattr(sys, 'argv', ['prepare.py', str(put(tmp_path / 'plays.txt', TEXT)), *flags])
     put(tmp_path / 'data' / 'plays' / 'prepare.py', '')
-    message = fails(capfd, lambda: corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
+    message = fails(capfd, lambda: prepare_room.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
     assert 'data/plays has a prepare.py of its own; choose another name with --name=' in message
     assert list(contents(tmp_path / 'data' / 'plays')) == ['prepare.py']
 
@@ -354,7 +356,7 @@ def test_a_dataset_with_a_script_of_its_own_is_never_overwritten(tmp_path, monke
 def test_a_derived_name_never_replaces_another_text(tmp_path, monkeypatch, capfd):
     def prepare(path, *flags):
         monkeypatch.setattr(sys, 'argv', ['prepare.py', str(path), *flags])
-        corpus.prepare(tmp_path / 'data' / 'text' / 'prepare.py')
+        prepare_room.prepare(tmp_path / 'data' / 'text' / 'prepare.py')
     one, other = put(tmp_path / '1' / 'book.txt', TEXT), put(tmp_path / '2' / 'book.txt', TEXT.upper())
     prepare(one)
     prepare(one, '--tokenizer=byte')
@@ -381,9 +383,9 @@ def test_what_a_dataset_held_is_told_when_it_is_replaced(prepare, script, tmp_pa
 
 
 def test_a_worker_that_dies_ends_prepare_with_a_line(prepare, tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(sources, 'CHUNK', 500)
-    monkeypatch.setattr(corpus, '_WINDOW', 50)
-    monkeypatch.setattr(corpus, '_work', functools.partial(die, os.getpid()))
+    monkeypatch.setattr(read_text, 'CHUNK', 500)
+    monkeypatch.setattr(prepare_room, '_WINDOW', 50)
+    monkeypatch.setattr(prepare_room, '_work', functools.partial(die, os.getpid()))
     message = fails(capfd, lambda: prepare(put(tmp_path / 'a.txt', TEXT), '--tokenizer=bpe', '--num_proc=2'))
     assert 'a worker process died' in message and '--num_proc=1' in message
 

@@ -9,14 +9,14 @@ import pytest
 from conftest import TINY
 from kit import REPO, Ranks, differences, load, trained_part
 
-from lib import checkpoint
+from lib.weights import checkpoint
 
 pytestmark = pytest.mark.slow
 FLAGS = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--decay_lr=False', '--dist_timeout=60',
          '--eval_interval=1', '--log_interval=50', '--eval_iters=1', '--init_from=auto']
 NOTE_SAVES = """
 import os
-from lib import checkpoint
+from lib.weights import checkpoint
 real = checkpoint.save
 def save(*args, **options):
     os.write(saves, b'(')
@@ -94,7 +94,7 @@ def test_a_killed_rank_ends_torchrun_within_seconds(workdir):  # fault 49
 def test_max_restarts_with_init_from_auto_finishes_the_run(workdir):  # fault 52
     crash = """
 if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and rank == 1:
-    from lib import dataset
+    from lib.text import dataset
     real, calls = dataset.Split.batch, []
     def batch(*args):
         calls.append(0)

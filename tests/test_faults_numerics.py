@@ -8,8 +8,9 @@ from conftest import TINY, write_dataset
 from kit import differences, load
 
 import model as model_file
-from lib import checkpoint, runtime
-from lib.optim import make_optimizer
+from lib.machine import runtime
+from lib.training.optim import make_optimizer
+from lib.weights import checkpoint
 
 
 def all_finite(path):

@@ -6,7 +6,8 @@ import torch
 from conftest import TINY, write_dataset
 from kit import differences, load, trained_part
 
-from lib import checkpoint, dataset
+from lib.text import dataset
+from lib.weights import checkpoint
 from model import GPT, GPTConfig
 
 HARD = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--lr_decay_iters=6', '--eval_interval=2']
@@ -268,7 +269,7 @@ def test_resuming_prefers_the_newest_state_to_the_best(run, trained):
 
 def test_a_signal_leaves_the_best_model_in_ckpt_where_step_0_was_good(run, workdir, monkeypatch):
     """Fine-tuning begins with a good model; what a signal saves later may be worse and was not evaluated."""
-    from lib import runtime
+    from lib.machine import runtime
     run('train.py', *TINY)
     good = {**torch.load('out/last.pt', weights_only=True), 'best_val_loss': 0.0}
     good['history'] = good['history'][:1]

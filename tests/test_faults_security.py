@@ -10,7 +10,8 @@ from conftest import TINY
 from kit import REPO
 
 from configurator import UserError
-from lib import checkpoint, dataset
+from lib.text import dataset
+from lib.weights import checkpoint
 
 
 class Payload:

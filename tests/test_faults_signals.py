@@ -7,7 +7,8 @@ import torch
 from conftest import TINY
 from kit import differences, load, python, trained_part
 
-from lib import checkpoint, dataset
+from lib.text import dataset
+from lib.weights import checkpoint
 
 FLAGS = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=100', '--lr_decay_iters=6']
 
@@ -74,7 +75,7 @@ def test_a_save_on_a_signal_that_fails_is_an_error(run, workdir, signal_at, monk
 
 TWICE = """
 import os, runpy, signal, sys
-from lib import dataset
+from lib.text import dataset
 real, calls = dataset.Split.batch, []
 def batch(self, *args):
     calls.append(0)

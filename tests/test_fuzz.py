@@ -9,8 +9,9 @@ from conftest import TINY
 from kit import differences
 
 from configurator import UserError
-from lib import checkpoint, dataset
-from lib.corpus import digest
+from lib.text import dataset
+from lib.text.prepare import digest
+from lib.weights import checkpoint
 
 
 def regions(raw):

@@ -7,7 +7,7 @@ import torch
 from configurator import UserError
 from lib import generate as room
 from lib.generate import Tail, complete, draw, generate, narrow, penalize, pick
-from lib.tokenizer import ByteTokenizer
+from lib.text.tokenizer import ByteTokenizer
 from model import GPT, GPTConfig
 
 PROBS = [0.15, 0.4, 0.05, 0.3, 0.1]

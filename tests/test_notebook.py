@@ -61,7 +61,7 @@ def tiny_gpt2(folder):
 
 
 def has_gpt2_bpe():
-    from lib.tokenizer import gpt2
+    from lib.text.tokenizer import gpt2
     try:
         gpt2().encode('a')
     except SystemExit:
@@ -114,11 +114,11 @@ def test_the_bar_in_a_kernel_is_drawn_among_the_lines(tmp_path):
     notebook = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(f'''
 import sys
 sys.path.insert(0, {str(REPO)!r})
-from lib import report
-bar = report.progress_bar(100)
-report.advance(bar, 0.5, 1.0, 1.0, 5000, 2.0)
+from lib.training import log
+bar = log.progress_bar(100)
+log.advance(bar, 0.5, 1.0, 1.0, 5000, 2.0)
 bar.refresh()
-report.say('iter 0: loss 1.0')
+log.say('iter 0: loss 1.0')
 bar.close()
 ''')])
     nbclient.NotebookClient(notebook, timeout=60).execute()

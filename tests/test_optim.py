@@ -1,4 +1,4 @@
-"""lib/optim.py: Muon, the fused AdamW, and a state that goes on."""
+"""lib/training/optim.py: Muon, the fused AdamW, and a state that goes on."""
 import copy
 import subprocess
 import sys
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configurator import REPO, UserError
-from lib.optim import make_optimizer, orthogonalize, restore, z_score
+from lib.training.optim import make_optimizer, orthogonalize, restore, z_score
 from model import GPT, GPTConfig
 
 

@@ -46,7 +46,7 @@ def commands(readme):
 
 def has_bpe():
     """True where GPT-2's BPE files can be had."""
-    from lib import tokenizer
+    from lib.text import tokenizer
     try:
         return bool(tokenizer.gpt2().encode('a'))
     except UserError:

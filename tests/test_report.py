@@ -13,23 +13,23 @@ from conftest import REPO, TINY
 from kit import load
 
 from configurator import resolve
-from lib import report
+from lib.training import log
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='pseudo-terminals are not on Windows')
 DRAW_A_BAR = '''
-from lib import report
-bar = report.progress_bar(100)
+from lib.training import log
+bar = log.progress_bar(100)
 for i in range(3):
-    report.advance(bar, (i + 1) / 4, 12.345678, 11.234567, 1234567.8, 7000.0)
+    log.advance(bar, (i + 1) / 4, 12.345678, 11.234567, 1234567.8, 7000.0)
     bar.refresh()
-    report.say(f'iter {i}: loss 1.0')
-report.warn('mind this')
+    log.say(f'iter {i}: loss 1.0')
+log.warn('mind this')
 bar.close()
 '''
 
 
 def evaluations(out_dir='out'):
-    return [r for r in report.read_log(f'{out_dir}/log.jsonl') if 'step' in r]
+    return [r for r in log.read_log(f'{out_dir}/log.jsonl') if 'step' in r]
 
 
 def on_a_terminal(code, columns):
@@ -87,25 +87,25 @@ def test_there_is_no_bar_in_a_pipe():
 
 @posix
 def test_counting_bars_tell_how_many_there_are_on_a_terminal():
-    seen = on_a_terminal('from lib import report\nfor _ in report.watched(range(3), 3, "windows"): pass', 80)
+    seen = on_a_terminal('from lib.training import log\nfor _ in log.watched(range(3), 3, "windows"): pass', 80)
     assert 'windows:   0%|' in seen and '0/3 [' in seen
 
 
 @pytest.mark.parametrize('number, text', [(7, '7'), (949.6, '950'), (999.9, '1.0k'), (9949, '9.9k'), (9960, '10k'),
                                           (123_456, '123k'), (999_600, '1.0M'), (2.5e7, '25M')])
 def test_speeds_are_short(number, text):
-    assert report.short(number) == text
+    assert log.short(number) == text
 
 
 @pytest.mark.parametrize('minutes, text', [(0.01, '1s'), (0.75, '45s'), (12.5, '12m30s'), (302, '5h02m'),
                                            (4560, '3d04h'), (59.999, '1h00m')])
 def test_durations_are_said_as_people_say_them(minutes, text):
-    assert report.duration(minutes) == text
+    assert log.duration(minutes) == text
 
 
 def test_an_unknown_mfu_is_left_out():
     record = {'iter': 3, 'loss': 1.0, 'tok_s': 5e3, 'mfu': None}
-    assert report.iter_line(record, 0.01, 2.0) == 'iter 3: loss 1.0000, time 10.00ms, tok/s 5,000, eta 2m00s'
+    assert log.iter_line(record, 0.01, 2.0) == 'iter 3: loss 1.0000, time 10.00ms, tok/s 5,000, eta 2m00s'
 
 
 def test_the_recipe_is_the_config_files_in_their_order():
@@ -114,7 +114,7 @@ def test_the_recipe_is_the_config_files_in_their_order():
     exec((REPO / 'train.py').read_text(encoding='utf-8').split('def lr_factor')[0], scope)
     defaults = {k: v for k, v in scope.items() if type(v) in (int, float, bool, str) and not k.startswith('_')}
     settings = resolve(defaults, argv, early={'device': lambda: 'cpu'})
-    assert report.recipe(settings, argv) == 'config/train_shakespeare_char.py, config/gpt2_classic.py'
+    assert log.recipe(settings, argv) == 'config/train_shakespeare_char.py, config/gpt2_classic.py'
 
 
 def test_a_run_without_a_config_says_defaults(run, workdir):
@@ -128,7 +128,7 @@ def test_the_banner_tells_machine_size_and_epochs(run, workdir):
 
 
 def test_a_run_by_the_clock_promises_no_epochs():
-    assert report.tokens_line(32, 2000, 0) == 'tokens per iteration: 32 (62 iterations an epoch)'
+    assert log.tokens_line(32, 2000, 0) == 'tokens per iteration: 32 (62 iterations an epoch)'
 
 
 def test_a_cpu_run_of_hours_is_told_of_a_short_one_once(run, workdir):
@@ -138,7 +138,7 @@ def test_a_cpu_run_of_hours_is_told_of_a_short_one_once(run, workdir):
 
 @pytest.mark.parametrize('minutes, long', [(30, False), (30.1, True)])
 def test_a_run_is_long_from_half_an_hour_on(minutes, long, capsys):
-    assert report.warn_if_long(minutes) == long == bool(capsys.readouterr().err)
+    assert log.warn_if_long(minutes) == long == bool(capsys.readouterr().err)
 
 
 def test_a_short_cpu_run_is_not_warned_of(run, workdir):
@@ -171,7 +171,7 @@ def test_a_printed_sample_cannot_be_taken_for_a_line_of_the_log(run, workdir):
 
 def test_updates_and_evaluations_log_the_tokens_seen(run, workdir):
     run('train.py', *TINY)
-    records = report.read_log('out/log.jsonl')
+    records = log.read_log('out/log.jsonl')
     assert [r['tokens'] for r in records if 'iter' in r] == [32, 64, 96, 128, 160, 192]
     assert [r['tokens'] for r in records if 'step' in r] == [0, 128, 192]
 
@@ -200,11 +200,11 @@ def test_a_drawing_that_fails_is_one_warning(run, workdir, monkeypatch):
 
 def test_reading_a_log_passes_over_what_a_kill_broke(tmp_path):
     (tmp_path / 'log.jsonl').write_text('{"iter": 0}\n{"iter": 1}\n{"it', encoding='utf-8')
-    assert report.read_log(tmp_path / 'log.jsonl') == [{'iter': 0}, {'iter': 1}]
+    assert log.read_log(tmp_path / 'log.jsonl') == [{'iter': 0}, {'iter': 1}]
 
 
 def test_numbers_that_are_none_become_null(tmp_path):
-    report.append_log(tmp_path / 'log.jsonl', {'iter': 0, 'loss': float('nan')})
+    log.append_log(tmp_path / 'log.jsonl', {'iter': 0, 'loss': float('nan')})
     assert json.loads((tmp_path / 'log.jsonl').read_text(encoding='utf-8')) == {'iter': 0, 'loss': None}
 
 
@@ -307,7 +307,7 @@ def test_wandb_offline_reads_back_what_the_log_has_and_a_resumed_run_is_the_same
     for path in files:
         for step, items in wandb_history(path).items():
             history.setdefault(step, {}).update(items)
-    records = report.read_log('out/log.jsonl')
+    records = log.read_log('out/log.jsonl')
     assert [history[r['iter']]['train/loss'] for r in records if 'iter' in r] == pytest.approx(
         [r['loss'] for r in records if 'iter' in r])
     assert [history[s]['eval/val_loss'] for s in (0, 4, 6)] == pytest.approx([r['val_loss'] for r in records

@@ -1,4 +1,4 @@
-"""lib/runtime.py: device rules, peaks, signals and random states."""
+"""lib/machine/runtime.py: device rules, peaks, signals and random states."""
 import os
 import signal
 
@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from configurator import Settings
-from lib import runtime
-from lib.runtime import Runtime, Signals
+from lib.machine import runtime
+from lib.machine.runtime import Runtime, Signals
 
 
 def cpu(**more):

@@ -8,7 +8,7 @@ import torch
 from conftest import REPO, TINY
 
 import sample
-from lib.tokenizer import ByteTokenizer
+from lib.text.tokenizer import ByteTokenizer
 from model import GPT, GPTConfig
 
 CHARS = '\n abcdefgh人之初性本善'

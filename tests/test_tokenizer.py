@@ -1,4 +1,4 @@
-"""lib/tokenizer.py: round trips on hostile text, where BPE text may be cut, specs, messages."""
+"""lib/text/tokenizer.py: round trips on hostile text, where BPE text may be cut, specs, messages."""
 import json
 import os
 import pickle
@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from configurator import REPO
-from lib import tokenizer
-from lib.tokenizer import SAFE_CUT, CharTokenizer, TextError, from_nanogpt_meta, from_spec, train_bpe
+from lib.text import tokenizer
+from lib.text.tokenizer import SAFE_CUT, CharTokenizer, TextError, from_nanogpt_meta, from_spec, train_bpe
 
 if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared))

@@ -7,7 +7,7 @@ import torch
 from conftest import TINY
 from kit import load
 
-from lib.dataset import open_dataset, train_starts
+from lib.text.dataset import open_dataset, train_starts
 from model import GPT
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lib.corpus import prepare
+from lib.text.prepare import prepare
 
 WHERE = 'The text is in the public domain: CBETA (cbetaonline.dila.edu.tw) has it as T0220, 600 scrolls'
 

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lib.corpus import prepare
+from lib.text.prepare import prepare
 
 WHERE = 'data/README.md lists Chinese corpora'
 

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lib.corpus import prepare
+from lib.text.prepare import prepare
 
 if __name__ == '__main__':
     prepare(__file__, source='hub:Skylion007/openwebtext', tokenizer='gpt2', val_fraction=0.0005)

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from lib.corpus import prepare
+from lib.text.prepare import prepare
 
 WHERE = 'The books are in the public domain: wikisource has 水滸傳, 水滸後傳, 蕩寇志 and the other sequels'
 

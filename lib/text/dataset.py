@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 from configurator import REPO, UserError
-from lib import tokenizer
-from lib.corpus import digest
+from lib.text import tokenizer
+from lib.text.prepare import digest
 
 IN_MEMORY = 256 * 2**20  # bytes; a smaller file is read whole and its sha256 checked, a larger one is mapped
 LLM_C_MAGIC = 20240520

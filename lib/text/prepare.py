@@ -1,7 +1,7 @@
 """From any text to data/NAME/: train.bin and val.bin (raw token ids) and meta.json, in bounded memory.
 
 A data/NAME/prepare.py says what is special about its text and calls `prepare`. The text flows through as pieces
-(text, ends), see lib/sources.py, and is never in memory as a whole.
+(text, ends), see lib/text/read_text.py, and is never in memory as a whole.
 """
 import hashlib
 import json
@@ -18,9 +18,9 @@ from pathlib import Path
 import numpy as np
 
 from configurator import REPO, UserError, configure, describe, find_path
-from lib import sources
-from lib import tokenizer as tok
-from lib.tokenizer import encoded
+from lib.text import read_text
+from lib.text import tokenizer as tok
+from lib.text.tokenizer import encoded
 
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
 # Text
@@ -103,7 +103,7 @@ def _jobs(stream, cut, marks):
             text, rest[split] = text[:at], text[at:]
         job[split].append((text, ends and marks))
         size[split] += len(text)
-        if size[split] >= sources.CHUNK:
+        if size[split] >= read_text.CHUNK:
             yield split, job[split]
             job[split], size[split] = [], 0
     for split, pieces in job.items():
@@ -253,7 +253,7 @@ def _check(settings):
         problems.append(f"num_proc={settings['num_proc']}: expected 0 (one a core) or more")
     if settings['name'] and not re.fullmatch(r'\w[\w.-]*', settings['name']):
         problems.append(f"name={settings['name']}: expected a plain folder name of letters, digits, _ - and .")
-    return problems + sources.encoding_problems(settings['encoding'])
+    return problems + read_text.encoding_problems(settings['encoding'])
 
 
 def _coder(settings, chars, sample, many):
@@ -291,14 +291,14 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         val_words = val_words or ([val_source] if val_source else [])
     else:
         raise UserError(f'no text to read; name it with --input=PATH, or put it at {folder / "input.txt"}. {where}')
-    paths, val_paths = sources.find('input', words, folder), sources.find('val_input', val_words, folder)
+    paths, val_paths = read_text.find('input', words, folder), read_text.find('val_input', val_words, folder)
     if derived and not called.strip('_.'):
         raise UserError(f'--input={words[0]} gives the dataset no name; choose one with --name=...')
     keys = [key.strip() for key in settings['text_key'].split(',')]
 
     def pieces(paths):
-        found = chain.from_iterable(sources.read(path, settings['encoding'], keys, delimiter) for path in paths)
-        return sources.document(rewrite(''.join(text for text, _ in found))) if rewrite else found
+        found = chain.from_iterable(read_text.read(path, settings['encoding'], keys, delimiter) for path in paths)
+        return read_text.document(rewrite(''.join(text for text, _ in found))) if rewrite else found
 
     enough = 3 if val_paths else int(np.ceil(2 / settings['val_fraction']))  # two documents, at least, validate
     limit = np.inf if settings['tokenizer'] in ('char', 'bpe') else enough

@@ -17,7 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from configurator import UserError, find_path
-from lib.tokenizer import TextError, encoded
+from lib.text.tokenizer import TextError, encoded
 
 CHUNK = 1 << 20  # characters in a piece of a long text
 _CONTROL = bytes({*range(32)} - {*b'\t\n\v\f\r\x1a\x1b'})  # bytes that a text hardly ever has

@@ -4,7 +4,7 @@ import inspect
 import torch
 
 from configurator import UserError
-from lib.runtime import fast_bf16, share_like
+from lib.machine.runtime import fast_bf16, share_like
 
 
 class AdamW(torch.optim.AdamW):

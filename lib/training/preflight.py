@@ -5,7 +5,9 @@ import os
 import torch
 
 from configurator import UserError, find_path
-from lib import checkpoint, dataset, lora, models, runtime, tokenizer
+from lib.machine import runtime
+from lib.text import dataset, tokenizer
+from lib.weights import checkpoint, load_model, lora
 from model import CHOICES, GPT2_SIZES, GPTConfig
 
 SETTING_CHOICES = {
@@ -112,7 +114,7 @@ def adopt(s, state, path):
 def _adopt_pretrained(s):
     """Take over the architecture of the GPT-2 that init_from names; a smaller block_size that was given crops it."""
     try:
-        config = models.pretrained_config(s['init_from'])
+        config = load_model.pretrained_config(s['init_from'])
     except UserError as error:
         return [error.message]
     if s.given('block_size') and s['block_size'] > config.block_size:
@@ -196,7 +198,7 @@ def _is_pretrained(s):
 def foreign_weights(name, data):
     """Return why GPT-2 `name` cannot read dataset `data`, in a list that is empty when it can."""
     try:
-        spec, size = models.pretrained_tokenizer(name), models.pretrained_config(name).vocab_size
+        spec, size = load_model.pretrained_tokenizer(name), load_model.pretrained_config(name).vocab_size
     except UserError as error:
         return [error.message]
     if spec != data.tokenizer:

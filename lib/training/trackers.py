@@ -2,7 +2,7 @@
 import html
 from pathlib import Path
 
-from lib.report import reason, warn
+from lib.training.log import reason, warn
 
 # Seconds until wandb gives up asking for a key, connecting, and sending the rest: unset, some of them are endless.
 WANDB_PATIENCE = {'login_timeout': 30, 'init_timeout': 30, 'finish_timeout': 60}

@@ -5,7 +5,8 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, find_path
-from lib import checkpoint, dataset, lora, tokenizer
+from lib.text import dataset, tokenizer
+from lib.weights import checkpoint, lora
 from model import GPT, GPT2_SIZES, GPTConfig, gpt2_config
 
 
