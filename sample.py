@@ -15,6 +15,7 @@ import torch
 from configurator import UserError, configure, find_path
 from lib.generate import complete
 from lib.machine import runtime
+from lib.machine.device import DTYPES, device_problem, pick_device
 from lib.weights import load_model
 
 # model
@@ -50,12 +51,12 @@ def check(s):
         'top_k': (s['top_k'] >= 0, '0 (off) or more'),
         'top_p': (0 < s['top_p'] <= 1, 'above 0 and at most 1 (off)'),
         'repetition_penalty': (0 < s['repetition_penalty'] < float('inf'), 'above 0; 1 is off'),
-        'dtype': (s['dtype'] in ('auto', *runtime.DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
+        'dtype': (s['dtype'] in ('auto', *DTYPES), f'one of {", ".join(DTYPES)}'),
     }
     found = [f'{name} must be {wanted}, got {s[name]}' for name, (fine, wanted) in rules.items() if not fine]
     if s['start'].startswith('FILE:') and not find_path(s['start'][5:]).is_file():
         found.append(f'start={s["start"]}: there is no such file')
-    problem = runtime.device_problem(s['device'])
+    problem = device_problem(s['device'])
     return found + [problem] * bool(problem)
 
 
@@ -112,7 +113,7 @@ def show(pieces, prompt, live):
 
 
 def main(argv=None):
-    settings = configure(globals(), argv, early={'device': runtime.pick_device}, check=check)
+    settings = configure(globals(), argv, early={'device': pick_device}, check=check)
     rt = runtime.start(settings)
     model, tok = load(rt)
     prompt = read_start()

@@ -17,7 +17,8 @@ import torch
 
 from configurator import UserError, configure
 from lib.generate import complete
-from lib.machine import runtime
+from lib.machine import device as machine
+from lib.machine import distributed, runtime
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, eval_windows, train_starts
 from lib.training import log as report
@@ -159,16 +160,16 @@ def mean_loss(fast, model, rt, batches):
     """
     model.eval()
     nats, count = torch.zeros((), device=rt.device), 0
-    for batch in rt.in_step(batches):
+    for batch in rt.pad_to_longest_rank(batches):
         if batch is None:  # the other ranks' pass needs this one's share of the weights
             model(torch.zeros(1, 1, dtype=torch.int64, device=rt.device))
             continue
         idx, targets = batch
         usual = idx.shape == (batch_size, block_size)
-        loss = (fast if usual else model)(*rt.put(idx, targets), loss_only=True)[1]
+        loss = (fast if usual else model)(*rt.to_device(idx, targets), loss_only=True)[1]
         nats, count = nats + loss * targets.numel(), count + targets.numel()
     model.train()
-    nats, count = rt.total(float(nats), count)
+    nats, count = rt.all_reduce_sum(float(nats), count)
     return nats / count
 
 
@@ -198,15 +199,16 @@ def short_sample(model, tok):
 
 def main():
     opened = {}  # what preflight reads on its way: the dataset, and the checkpoint to resume
-    settings = configure(globals(), early={'device': runtime.pick_device}, check=lambda s: preflight.check(s, opened))
+    settings = configure(globals(), early={'device': machine.pick_device}, check=lambda s: preflight.check(s, opened))
     data, resumed = opened['data'], opened['resume']
     rt = runtime.start(settings, compile_pays=True)
-    say = report.say if rt.master else lambda line: None
-    warn = report.warn if rt.master else lambda line: None
-    rt.same('the dataset', data.fingerprint())
-    rt.same(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1].get('iter_num')))
-    writes = rt.master and not eval_only
-    lock = checkpoint.claim(out_dir) if writes else None
+    say = report.say if rt.is_master else lambda line: None
+    warn = report.warn if rt.is_master else lambda line: None
+    rt.assert_same_on_all_ranks('the dataset', data.fingerprint())
+    where = resumed and (str(resumed[0]), resumed[1].get('iter_num'))
+    rt.assert_same_on_all_ranks(f'the checkpoint in {out_dir}', where)
+    writes = rt.is_master and not eval_only
+    lock = checkpoint.lock_out_dir(out_dir) if writes else None
     if init_from == 'auto' and not resumed:
         say(f'no checkpoint in {out_dir}/: starting from scratch')
 
@@ -224,7 +226,7 @@ def main():
         lora.adapt(model, lora_rank)
     model.compute_in(rt.dtype)  # weights stay float32
     model.checkpoint_activations = checkpoint_activations
-    model = runtime.place(model, rt, parallel).train()
+    model = distributed.shard_or_move(model, rt, parallel).train()
     opt = make_optimizer(optimizer, model.param_groups(weight_decay, matrices_apart=optimizer == 'muon'),
                          learning_rate, muon_lr, (beta1, beta2), rt.device.type, muon_momentum)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
@@ -232,7 +234,7 @@ def main():
     micro_steps = total_batch_tokens // micro_tokens or gradient_accumulation_steps  # of all ranks together
     n_rows = micro_steps * batch_size  # sequences an update
     tokens_per_iter = n_rows * block_size
-    say(f'device: {rt.why}' + f'; {rt.world_size} processes' * (rt.world_size > 1))
+    say(f'device: {rt.description}' + f'; {rt.world_size} processes' * (rt.world_size > 1))
     say(f'recipe: {report.recipe(settings, sys.argv[1:])}')
     say(f'number of parameters: {model.num_params() / 1e6:.2f}M')
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # the schedule's axis: the clock, or updates
@@ -243,7 +245,7 @@ def main():
         say(f'context: {block_size // 4} tokens in the first {short / 2:.0%} of the run, {block_size // 2} until '
             f'{short:.0%}, then {block_size}')
 
-    if writes and not resumed and (old := checkpoint.put_aside(out_dir)):  # now that there is a model to go there
+    if writes and not resumed and (old := checkpoint.archive_old_run(out_dir)):  # now that there is a model to go there
         say(f'{out_dir} held an earlier run; its files are now in {old}')
 
     # where training stands; a checkpoint holds all of it
@@ -264,15 +266,15 @@ def main():
 
     def try_step(compiled):
         starts = eval_starts(len(data.train), block_size, 1, batch_size)[0]
-        compiled(*rt.put(*data.train.batch(starts, block_size)), loss_only=True)[1].backward()
+        compiled(*rt.to_device(*data.train.batch(starts, block_size)), loss_only=True)[1].backward()
 
     fast = runtime.compile_or_fall_back(model, rt, settings.given('compile'), try_step)
-    net = runtime.wrap(fast, rt, parallel)
+    net = distributed.wrap_ddp(fast, rt, parallel)
 
     if eval_only:
         losses, bpb = whole_losses(fast, model, rt, data)
         say(report.step_line(iter_num, *losses, bpb))
-        runtime.finish()
+        distributed.finish()
         return
 
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
@@ -282,27 +284,27 @@ def main():
     resumed = state = None  # frees the checkpoint's tensors
     saved_iter, n_spikes = iter_num, 0
     log = f'{out_dir}/log.jsonl'
-    if rt.master:
+    if rt.is_master:
         report.trim_log(log, iter_num, history[-1][0] if history else -1)
-    track, finish, wandb_id = (open_trackers(settings, out_dir, wandb_id, iter_num) if rt.master else
+    track, finish, wandb_id = (open_trackers(settings, out_dir, wandb_id, iter_num) if rt.is_master else
                                (lambda record, step: None, lambda: None, ''))
     tok = tokenizer.from_spec(data.tokenizer) if sample_interval else None
-    peak_flops = runtime.peak_flops(rt, peak_tflops)
+    peak_flops = machine.peak_flops(rt, peak_tflops)
 
     time_limit = max_minutes if by_clock or settings.by_flag('max_minutes') else 0.0
-    start = runtime.process_start()
     # a CPU run of hours is told so: at once where not even the peak speed would do, else by its third update
     at_peak = model.flops_per_token() * tokens_per_iter * (max_iters - iter_num) / peak_flops / 60  # minutes
-    told = rt.device.type != 'cpu' or time_limit > 0 or not rt.master or report.warn_if_long(at_peak)
+    told = rt.device.type != 'cpu' or time_limit > 0 or not rt.is_master or report.warn_if_long(at_peak)
     third = iter_num + 2
 
     def clock():
-        return minutes_before + (time.time() - start) / 60
+        return minutes_before + runtime.minutes_running()
 
     def snapshot():
         """Return the checkpoint: nanoGPT's six keys, then what exact resuming and sampling need; all ranks call it."""
-        return {'model': runtime.whole(model.state_dict(), rt.master),
-                'optimizer': runtime.whole(opt.state_dict(), rt.master), 'model_args': model.config.model_args(),
+        return {'model': distributed.full_state_dict(model.state_dict(), rt.is_master),
+                'optimizer': distributed.full_state_dict(opt.state_dict(), rt.is_master),
+                'model_args': model.config.model_args(),
                 'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(settings),
                 'format': checkpoint.FORMAT, 'tokenizer': data.tokenizer, 'data': data.fingerprint(),
                 'rng': rt.rng_states(), 'scaler': scaler.state_dict(), 'tokens_seen': tokens_seen,
@@ -311,30 +313,14 @@ def main():
     def save(also_ckpt, must):
         """Write last.pt, and ckpt.pt as the same file; a failure is an error where `must`, else a warning."""
         nonlocal saved_iter
-        state, failure = snapshot(), ''
-        if rt.maximum(load_model.has_nan(model))[0]:
-            failure = f'the weights of iter {iter_num} are not finite; they were not saved'
-        elif rt.master:
-            try:
-                say(f'saving checkpoint to {out_dir}')
-                if lora_rank and also_ckpt:
-                    checkpoint.save(f'{out_dir}/ckpt.pt', {**state, 'model': lora.merged(state['model'])})
-                checkpoint.save(f'{out_dir}/last.pt', state, keep_previous=True,
-                                also=f'{out_dir}/ckpt.pt' if also_ckpt and not lora_rank else None)
-            except UserError as error:
-                failure = error.message
-        if failure and not must:
-            warn(failure)
-        if not rt.maximum(bool(failure))[0]:
+        if checkpoint.save_run(rt, out_dir, snapshot(), model, as_best=also_ckpt, must=must, say=say, warn=warn):
             saved_iter = iter_num
-        elif must:
-            raise UserError(failure or 'rank 0 could not save')
 
-    bar = report.progress_bar(100, show=rt.master)
-    read_late, seconds, skipped, status = runtime.Late(rt), None, 0, 0
+    bar = report.progress_bar(100, show=rt.is_master)
+    read_late, seconds, skipped, status = runtime.DelayedReader(rt), None, 0, 0
     with runtime.Signals() as signals:
         while True:
-            minutes, level = rt.maximum(clock(), signals.level)  # every rank goes by the same clock and signal
+            minutes, level = rt.all_reduce_max(clock(), signals.level)  # every rank goes by the same clock and signal
             done = minutes / max_minutes if by_clock else (iter_num / max_iters if max_iters else 1.0)
             stalled = patience > 0 and evaluations_since_best(history) >= patience
             last = done >= 1 or stalled or 0 < time_limit <= minutes
@@ -365,7 +351,7 @@ def main():
                 if tok and (len(history) % sample_interval == 0 or last) and (sample := short_sample(model, tok)):
                     record['sample'] = sample
                     say(textwrap.indent(sample, '    | ', lambda line: True))
-                if rt.master:
+                if rt.is_master:
                     report.append_log(log, record)
                     track({f'eval/{k}': v for k, v in record.items()}, iter_num)
                 if overfitting(history):
@@ -402,14 +388,15 @@ def main():
             for micro in range(rt.rank, micro_steps, rt.world_size):
                 starts = column + train_starts(data_order, seed, len(data.train), block_size,
                                                first + micro * batch_size, batch_size)
-                idx, targets = rt.put(*data.train.batch(starts, context))  # (B, T) each
-                runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
+                idx, targets = rt.to_device(*data.train.batch(starts, context))  # (B, T) each
+                distributed.set_grad_sync(net, micro + rt.world_size >= micro_steps)  # after the last one only
                 # so scaled, gradients end as the mean of all
                 loss = net(idx, targets, loss_only=True)[1] * rt.world_size / micro_steps
                 scaler.scale(loss).backward()
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)
-            grad_norm = runtime.gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
+            grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf)
+            grad_norm = distributed.full_tensor(grad_norm)
             z, norms = z_score(grad_norm, norms) if spike_skip else (torch.zeros_like(grad_norm), norms)
             if not scaler.is_enabled():  # else the scaler does the same
                 unfit = ~torch.isfinite(loss_sum + grad_norm) | (z > spike_skip)
@@ -427,36 +414,36 @@ def main():
                 raise UserError(report.not_finite(what, iter_num - read_late.calls, rt, saved_iter, out_dir))
             if 0 < spike_skip < seen_z:
                 n_spikes += 1
-                if rt.master:
+                if rt.is_master:
                     report.spike(log, iter_num - read_late.calls, seen_norm, seen_z, n_spikes)
             if logged:
                 rt.synchronize()
                 dt = time.perf_counter() - began
                 seconds = dt if seconds is None else 0.9 * seconds + 0.1 * dt
                 left = max_minutes - minutes if by_clock else seconds * (max_iters - iter_num - 1) / 60
-                loss = rt.total(float(loss_sum))[0] / rt.world_size
+                loss = rt.all_reduce_sum(float(loss_sum))[0] / rt.world_size
                 tok_s = n_rows * context / dt
                 record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
                           'tok_s': tok_s, 'tokens': tokens_seen + n_rows * context, 'minutes': clock(),
                           'mfu': None if lora_rank else model.mfu(tok_s / rt.world_size, peak_flops, context)}
                 say(report.iter_line(record, dt, left))
-                if rt.master:
+                if rt.is_master:
                     report.append_log(log, record)
                     track({f'train/{k}': v for k, v in record.items()}, iter_num)
                     report.advance(bar, done, loss, best_val_loss, tok_s, left)
                 told = told or iter_num >= third and report.warn_if_long(left)
             iter_num, tokens_seen = iter_num + 1, tokens_seen + n_rows * context
     bar.close()
-    if rt.master and not status and (picture := report.draw_loss(out_dir)):
+    if rt.is_master and not status and (picture := report.draw_loss(out_dir)):
         say(f'loss curves are in {picture}')
         track({'curves': picture}, iter_num)
     finish()
-    runtime.finish()
+    distributed.finish()
     del lock  # held until here
     if status:
         raise SystemExit(status)
 
 
 if __name__ == '__main__':
-    with runtime.one_of_many():
+    with distributed.report_fatal_errors():
         main()

@@ -5,7 +5,8 @@ import os
 import torch
 
 from configurator import UserError, find_path
-from lib.machine import runtime
+from lib.machine import distributed
+from lib.machine.device import device_problem, pick_dtype
 from lib.text import dataset, tokenizer
 from lib.weights import checkpoint, load_model, lora
 from model import CHOICES, GPT2_SIZES, GPTConfig
@@ -52,7 +53,7 @@ CONFLICTS = (
 
 def _dtype(s):
     """Return the name of the dtype that training will use; the device is known to be there."""
-    return s['dtype'] if s.given('dtype') else runtime.pick_dtype(torch.device(s['device']))[0]
+    return s['dtype'] if s.given('dtype') else pick_dtype(torch.device(s['device']))[0]
 
 
 def values(s):
@@ -76,7 +77,7 @@ def values(s):
     if s['init_from'] not in ('scratch', 'resume', 'auto') and not _is_pretrained(s):
         found.append(f'init_from={s["init_from"]!r}: expected scratch, resume, auto, {", ".join(GPT2_SIZES)}, or a '
                      'folder with config.json and model.safetensors')
-    problem = runtime.device_problem(s['device'])
+    problem = device_problem(s['device'])
     found += [problem] if problem else [why for wrong, why in CONFLICTS if wrong(s)]
     return found + _batch_problems(s)
 
@@ -138,7 +139,7 @@ def _adopt_lora(s, state, path):
 
 def check(s, opened):
     """Return what `_check` finds, a line each, naming the rank where there are several."""
-    rank, world_size = runtime.rank_and_world()
+    rank, world_size = distributed.rank_and_world()
     found = _check(s, opened)
     return [f'rank {rank}: {line}' for line in found] if world_size > 1 else found
 
@@ -157,7 +158,7 @@ def _check(s, opened):
                 path = f'{s["out_dir"]}/ckpt.pt'
                 opened['resume'] = path, checkpoint.load(path)
             else:
-                opened['resume'] = checkpoint.newest(s['out_dir'])
+                opened['resume'] = checkpoint.find_latest(s['out_dir'])
         except UserError as error:
             found.append(error.message)
         else:

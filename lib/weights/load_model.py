@@ -7,6 +7,7 @@ import torch
 from configurator import UserError, find_path
 from lib.text import dataset, tokenizer
 from lib.weights import checkpoint, lora
+from lib.weights.checkpoint import has_nan  # noqa: F401
 from model import GPT, GPT2_SIZES, GPTConfig, gpt2_config
 
 
@@ -107,10 +108,3 @@ def pretrained_tokenizer(name):
     if vocabulary and not known:
         raise UserError(f"{path} is another vocabulary than GPT-2's, which is all that this program reads")
     return {'kind': 'gpt2'}
-
-
-def has_nan(model):
-    """True where a parameter is not a number or infinite."""
-    mine = (p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters())  # under FSDP this rank's share
-    wide = {torch.float16: torch.float32}  # whose sum may pass its largest number
-    return any(not torch.isfinite(p.detach().sum(dtype=wide.get(p.dtype))) for p in mine)  # a sum needs no memory
