@@ -190,18 +190,23 @@ def resolve(defaults, argv, early=None, words=''):
     return settings
 
 
-def describe(source, names):
+def describe(source, values, doc=None):
     """Return the --help text of a script: its docstring, and each setting with type, default and comment.
 
-    source: the script's text. names: its settings. A comment line of its own in the defaults block is a heading.
+    source: the script's text. values: {setting: default}. doc: a text to show instead of source's docstring. In the
+    defaults block, which ends at the first function, a comment on a separate line is a heading.
     """
-    doc = re.match(r'\s*"""(.*?)"""', source, re.S)
-    lines, gap = [doc.group(1).strip(), '', 'Settings (--name=value):'] if doc else [], False
+    own = re.match(r'\s*"""(.*?)"""', source, re.S)
+    doc = doc or (own.group(1) if own else '')
+    lines, gap = [doc.strip(), '', 'Settings (--name=value):'] if doc else [], False
     for line in source.splitlines():
         match = re.match(r'(\w+)(?:: \w+)? = (.+?)(?:  # (.*))?$', line)
-        if match and match.group(1) in names:
-            name, default, meaning = match.groups()
-            lines.append(f'  {"--" + name:<30} {type(names[name]).__name__:<5} {default:<22} {meaning or ""}'.rstrip())
+        if line.startswith(('def ', 'class ')):
+            break
+        if match and match.group(1) in values:
+            name, _, meaning = match.groups()
+            kind, default = type(values[name]).__name__, repr(values[name])
+            lines.append(f'  {"--" + name:<30} {kind:<5} {default:<22} {meaning or ""}'.rstrip())
         elif line.startswith('# ') and gap and not line.startswith('# ---'):
             lines.append(f'\n  {line[2:]}')
         gap = match is not None or line.startswith('#') or not line.strip()
@@ -232,7 +237,7 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     defaults = {name: value for name, value in namespace.items()
                 if not name.startswith('_') and type(value) in (int, float, bool, str)}
     if '--help' in argv or '-h' in argv:
-        print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults))
+        print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults, namespace.get('__doc__')))
         raise SystemExit(0)
     for stream in (sys.stdout, sys.stderr):
         asked, _, handler = os.environ.get('PYTHONIOENCODING', '').partition(':')

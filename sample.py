@@ -76,7 +76,7 @@ def read_start():
 
 def encode_start(text, tok):
     """Return the ids of the prompt; an end-of-text mark that it spells out becomes that token."""
-    parts = [text] if tok.eot is None else text.split(tok.mark)
+    parts = [text] if tok.eot is None else text.split(tok.separator)
     ids = tok.encode(parts[0])
     for part in parts[1:]:
         ids += [tok.eot] + tok.encode(part)

@@ -19,7 +19,7 @@ from configurator import UserError, configure
 from lib.generate import complete
 from lib.machine import runtime
 from lib.text import tokenizer
-from lib.text.dataset import eval_starts, eval_windows, train_starts
+from lib.text.dataset import eval_starts, split_batches, train_starts
 from lib.training import log as report
 from lib.training import preflight
 from lib.training.optim import make_optimizer, restore, z_score
@@ -179,7 +179,7 @@ def bits_per_byte(loss, split, n_targets):
 
 def whole_losses(fast, model, rt, data):
     """Return ([train, val] loss, val bits per byte): of the whole validation split, and of 2**16 training tokens."""
-    losses = [mean_loss(fast, model, rt, eval_windows(split, block_size, batch_size, rt.rank, rt.world_size, most))
+    losses = [mean_loss(fast, model, rt, split_batches(split, block_size, batch_size, rt.rank, rt.world_size, most))
               for split, most in ((data.train, 2**16), (data.val, None))]  # millions take longer than some trainings
     return losses, bits_per_byte(losses[1], data.val, len(data.val) - 1)
 

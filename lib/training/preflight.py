@@ -203,7 +203,7 @@ def foreign_weights(name, data):
         return [error.message]
     if spec != data.tokenizer:
         advice = f'; prepare it with --tokenizer={spec["kind"]}' if spec['kind'] in ('gpt2', 'byte') else ''
-        return [f'dataset {data.name} does not fit {name}: {tokenizer.difference(data.tokenizer, spec)}{advice}']
+        return [f'dataset {data.name} does not fit {name}: {tokenizer.describe_mismatch(data.tokenizer, spec)}{advice}']
     return [f'dataset {data.name} has {data.vocab_size} tokens, {name} {size}'] * (data.vocab_size > size)
 
 
@@ -214,7 +214,8 @@ def _foreign_data(path, state, data):
         return [f'checkpoint {path} has vocab_size {size}, dataset {data.name!r} has {data.vocab_size}']
     if saved is not None and saved != data.tokenizer:
         return [f'checkpoint {path} was trained with another tokenizer than dataset {data.name!r} has: '
-                f'{tokenizer.difference(data.tokenizer, saved)}; choose another --out_dir, or train from scratch']
+                f'{tokenizer.describe_mismatch(data.tokenizer, saved)}; choose another --out_dir, '
+                'or train from scratch']
     return []
 
 

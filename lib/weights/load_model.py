@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, find_path
-from lib.text import dataset, tokenizer
+from lib.text import data_folder, tokenizer
 from lib.weights import checkpoint, lora
 from model import GPT, GPT2_SIZES, GPTConfig, gpt2_config
 
@@ -54,7 +54,7 @@ def open_model(init_from, out_dir, dtype=torch.float32):
         if 'tokenizer' in state:
             spec = state['tokenizer']
         else:  # nanoGPT's: the tokenizer is known by the dataset's folder alone
-            spec = dataset.tokenizer_spec(dataset.folder(state.get('config', {}).get('dataset', '')))
+            spec = data_folder.tokenizer_spec(data_folder.folder(state.get('config', {}).get('dataset', '')))
         return build(state, path, dtype), tokenizer.from_spec(spec), state
     if init_from in GPT2_SIZES or find_path(init_from).is_dir():
         return pretrained(init_from, dtype=dtype), tokenizer.from_spec(pretrained_tokenizer(init_from)), {}
