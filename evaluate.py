@@ -22,7 +22,7 @@ from lib.machine import runtime
 from lib.machine.device import DTYPES, device_problem, pick_device
 from lib.text import dataset as datasets
 from lib.text import read_text as read_text_room
-from lib.text.tokenizer import difference
+from lib.text.tokenizer import describe_mismatch
 from lib.training import log
 from lib.weights.load_model import load_model
 
@@ -151,8 +151,9 @@ def run_text(model, tok, rt, state):
         data = datasets.open_dataset(dataset or trained_on, 1)
         if data.tokenizer != tok.spec:
             advice = 'leave --dataset out' if dataset not in ('', trained_on) else 'prepare it as it was in training'
-            raise UserError(f'dataset {data.name} does not fit this model: {difference(data.tokenizer, tok.spec)}; '
-                            f"{advice}, or give a text with --text=FILE, which is read with the model's tokenizer")
+            raise UserError(f'dataset {data.name} does not fit this model: '
+                            f'{describe_mismatch(data.tokenizer, tok.spec)}; {advice}, '
+                            "or give a text with --text=FILE, which is read with the model's tokenizer")
         name, tokens = f'{split} of {data.name}', getattr(data, split)
     if len(tokens) < 2:
         raise UserError(f'{name} has {len(tokens)} tokens; a loss needs at least 2')
