@@ -30,6 +30,13 @@ class UserError(SystemExit):
         self.message = message
 
 
+def reason(error):
+    """Return an exception in one line of at most 200 characters: its type and its message, or a UserError's message."""
+    text = ' '.join(getattr(error, 'message', str(error)).split())
+    text = text if len(text) <= 200 else f'{text[:200].rsplit(" ", 1)[0]} ...'
+    return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
+
+
 class Settings(dict):
     """Name -> value, with the `origins` of the values (a flag, 'FILE:LINE', or 'default') and the `errors` met.
 

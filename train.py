@@ -20,8 +20,8 @@ from lib.generate import complete
 from lib.machine import runtime
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, eval_windows, train_starts
+from lib.training import curves, preflight
 from lib.training import log as report
-from lib.training import preflight
 from lib.training.optim import make_optimizer, restore, z_score
 from lib.training.trackers import open_trackers
 from lib.weights import checkpoint, load_model, lora
@@ -130,25 +130,6 @@ def next_windows(done, tokens_seen, n_rows, share):
     while column % context:
         context //= 2
     return (tokens_seen - column * n_rows) // block_size, column, context
-
-
-def best_step(history):
-    """Return the step of the evaluation with the lowest validation loss; history: [step, train loss, val loss] each."""
-    return min(history, key=lambda h: h[2])[0] if history else 0
-
-
-def evaluations_since_best(history):
-    """Return how many evaluations came after the best one."""
-    return sum(h[0] > best_step(history) for h in history)
-
-
-def overfitting(history, rises=3):
-    """True once validation loss has risen `rises` times in a row while training loss fell; said once a spell."""
-    def worse(i):
-        return history[i][2] > history[i - 1][2] and history[i][1] < history[i - 1][1]
-    last = len(history) - 1
-    spell = last >= rises and all(worse(i) for i in range(last, last - rises, -1))
-    return spell and not (last > rises and worse(last - rises))
 
 
 @torch.no_grad()
@@ -336,7 +317,7 @@ def main():
         while True:
             minutes, level = rt.maximum(clock(), signals.level)  # every rank goes by the same clock and signal
             done = minutes / max_minutes if by_clock else (iter_num / max_iters if max_iters else 1.0)
-            stalled = patience > 0 and evaluations_since_best(history) >= patience
+            stalled = patience > 0 and curves.evaluations_since_best(history) >= patience
             last = done >= 1 or stalled or 0 < time_limit <= minutes
             if last and history and history[-1][0] == iter_num:
                 say(f'nothing left to do at iter {iter_num}: to train longer raise --max_iters, --max_minutes or '
@@ -366,12 +347,12 @@ def main():
                     record['sample'] = sample
                     say(textwrap.indent(sample, '    | ', lambda line: True))
                 if rt.master:
-                    report.append_log(log, record)
+                    report.append_log(log, {**record, 'val_data': data.val.sha256[:12]})
                     track({f'eval/{k}': v for k, v in record.items()}, iter_num)
-                if overfitting(history):
-                    warn('overfitting: validation loss has risen for several evaluations while training loss '
-                         f'fell; {"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
-                         f'{best_step(history)}')
+                if curves.overfitting_starts(history):
+                    warn('overfitting: validation loss is above its best while training loss keeps falling; '
+                         f'{"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
+                         f'{curves.best_step(history)}')
                 save(also_ckpt=better or always_save_checkpoint, must=last)
             if last:
                 break
@@ -427,8 +408,8 @@ def main():
                 raise UserError(report.not_finite(what, iter_num - read_late.calls, rt, saved_iter, out_dir))
             if 0 < spike_skip < seen_z:
                 n_spikes += 1
-                if rt.master:
-                    report.spike(log, iter_num - read_late.calls, seen_norm, seen_z, n_spikes)
+                warn(f'iter {iter_num - read_late.calls}: grad norm {seen_norm:.3g} (z={seen_z:.1f}), update skipped '
+                     f'({n_spikes} so far)')
             if logged:
                 rt.synchronize()
                 dt = time.perf_counter() - began
@@ -443,11 +424,11 @@ def main():
                 if rt.master:
                     report.append_log(log, record)
                     track({f'train/{k}': v for k, v in record.items()}, iter_num)
-                    report.advance(bar, done, loss, best_val_loss, tok_s, left)
+                    report.update_bar(bar, done, loss, best_val_loss, tok_s, left)
                 told = told or iter_num >= third and report.warn_if_long(left)
             iter_num, tokens_seen = iter_num + 1, tokens_seen + n_rows * context
     bar.close()
-    if rt.master and not status and (picture := report.draw_loss(out_dir)):
+    if rt.master and not status and (picture := curves.draw_loss(out_dir)):
         say(f'loss curves are in {picture}')
         track({'curves': picture}, iter_num)
     finish()
