@@ -91,7 +91,7 @@ def split_nats(model, rt, tokens, block_size, stride):
         return float(model(*rt.to_device(idx, targets))[1]) * int(fresh.sum())
 
     count = 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
-    for window in log.watched(windows(len(tokens), block_size, stride), count, 'windows'):
+    for window in log.progress(windows(len(tokens), block_size, stride), count, 'windows'):
         if batch and (len(batch) == batch_size or window[1] != batch[0][1]):
             nats, batch = nats + score(), []
         batch.append(window)
@@ -106,7 +106,7 @@ def continuation_nats(model, rt, rows):
     """
     results = []
     firsts = range(0, len(rows), batch_size)
-    for first in log.watched(firsts, len(firsts), 'batches'):
+    for first in log.progress(firsts, len(firsts), 'batches'):
         whole = [(context + end)[-model.config.block_size - 1:] for context, end in rows[first:first + batch_size]]
         fresh = [min(len(end), len(ids) - 1) for (_, end), ids in zip(rows[first:first + batch_size], whole)]
         T = max(map(len, whole)) - 1
