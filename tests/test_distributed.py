@@ -36,13 +36,13 @@ shard_or_move = distributed.shard_or_move
 def print_shards(*args):
     model = shard_or_move(*args)
     here = sum((p.to_local() if hasattr(p, 'to_local') else p).numel() for p in model.parameters())
-    print('parameters here', here, 'of', model.num_params(False), flush=True)
+    print('parameters here', here, 'of', model.get_num_params(False), flush=True)
     return model
 distributed.shard_or_move = print_shards
 """
 CHUNKED_LOSS = """
-import model
-model.GPT.CHUNK = 40  # of 16 logits per token
+import kernels
+kernels.CHUNK = 40  # two tokens of 16 logits at a time
 """
 AT_BATCH = """
 import os, signal
@@ -249,7 +249,7 @@ def test_nan_on_one_rank_stops_all_at_the_same_update_and_names_it(workdir, para
     poison = """
 import model
 real, calls = model.GPT.forward, []
-def forward(self, idx, targets=None, cache=None, loss_only=False):
+def forward(self, idx, targets=None, cache=None, return_logits=False):
     logits, loss = real(self, idx, targets, cache)
     if self.training and rank == 1:
         calls.append(0)
