@@ -1,4 +1,4 @@
-"""lib/weights/checkpoint.py: what is saved is loaded, which file is resumed, and what happens when saving fails."""
+"""lib/weights/checkpoint.py: saving, loading, which file is resumed, and what happens when saving fails."""
 import errno
 import os
 import pickle

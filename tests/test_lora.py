@@ -36,7 +36,7 @@ def adapted(rank=3, seed=0, trained=True):
 def logits(model):
     idx = torch.randint(16, (2, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model.eval()(idx, idx)[0]
+        return model.eval()(idx, idx, return_logits=True)[0]
 
 
 def test_an_untrained_adapter_does_not_change_the_logits():
