@@ -91,14 +91,14 @@ def test_a_torch_that_cannot_load_safely_is_refused(tmp_path, monkeypatch):  # f
 def test_no_file_of_the_project_loads_what_could_run(run):  # faults 54 to 57
     unsafe = re.compile(r'pickle\.loads?\(|weights_only\s*=\s*False|(?<!\w)eval\(|allow_pickle\s*=\s*True|'
                         r'distributed\.checkpoint\b(?!\.state_dict)')
-    found = [f'{path.name}: {line.strip()}' for path in (*REPO.glob('*.py'), *REPO.glob('lib/*.py'),
+    found = [f'{path.name}: {line.strip()}' for path in (*REPO.glob('*.py'), *REPO.glob('lib/**/*.py'),
                                                        *REPO.glob('data/*/*.py'))
              for line in path.read_text(encoding='utf-8').splitlines() if unsafe.search(line)]
     assert not [line for line in found if '.eval()' not in line]
 
 
 def test_every_torch_load_is_safe_by_its_own_argument():  # fault 55
-    for path in (*REPO.glob('*.py'), *REPO.glob('lib/*.py')):
+    for path in (*REPO.glob('*.py'), *REPO.glob('lib/**/*.py')):
         for call in re.findall(r'torch\.load\([^\n]*', path.read_text(encoding='utf-8')):
             assert 'weights_only=True' in call, (path, call)
 
