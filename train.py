@@ -22,7 +22,7 @@ from lib.text import tokenizer
 from lib.text.dataset import eval_starts, eval_windows, train_starts
 from lib.training import log as report
 from lib.training import preflight
-from lib.training.optim import make_optimizer, restore, z_score
+from lib.training.optim import load_optimizer_state, make_optimizer, z_score
 from lib.training.trackers import open_trackers
 from lib.weights import checkpoint, gpt2, load_model, lora
 from model import GPT, GPTConfig
@@ -258,7 +258,7 @@ def main():
             say(line)
         if not eval_only:
             say(f'resuming from iter {iter_num} ({path})')
-            restore(opt, state['optimizer'], path)
+            load_optimizer_state(opt, state['optimizer'], path)
             if state.get('scaler'):
                 scaler.load_state_dict(state['scaler'])
 
@@ -392,7 +392,7 @@ def main():
             decayed = done if by_clock else (iter_num - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
             factor = lr_factor(iter_num, min(1.0, max(0.0, decayed)), min_lr / learning_rate if learning_rate else 0.0)
             for group in opt.param_groups:
-                group['lr'] = group['peak'] * factor
+                group['lr'] = group['initial_lr'] * factor
             logged = iter_num % log_interval == 0
             if logged:
                 rt.synchronize()
