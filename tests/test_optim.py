@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import REPO, UserError
-from lib.training.optim import load_optimizer_state, make_optimizer, newton_schulz, z_score
+from lib.training.optim import load_optimizer_state, make_optimizer, newton_schulz
 from model import GPT, GPTConfig
 from tests.kit import differences
 
@@ -211,13 +211,3 @@ def test_the_state_of_another_optimizer_is_refused():
     net = tiny()
     with pytest.raises(UserError, match='was the setting optimizer changed'):
         load_optimizer_state(ours(net, 'muon'), ours(net).state_dict(), 'last.pt')
-
-
-def test_the_z_score_waits_for_a_full_window_and_then_finds_the_outlier():
-    norms, scores = torch.full((16,), float('nan')), []
-    values = torch.rand(40, generator=torch.Generator().manual_seed(0)) + 1
-    values[30] = 9.0
-    for value in values:
-        z, norms = z_score(value, norms)
-        scores.append(float(z))
-    assert all(s != s for s in scores[:16]) and scores[30] > 10 and max(scores[16:30]) < 3

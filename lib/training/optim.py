@@ -4,7 +4,8 @@ import inspect
 import torch
 
 from configurator import UserError
-from lib.machine.runtime import fast_bf16, share_like
+from lib.machine.device import fast_bf16
+from lib.machine.distributed import shard_like
 
 
 class AdamW(torch.optim.AdamW):
@@ -119,14 +120,6 @@ def newton_schulz(g, steps=5):
     return x.mT if tall else x
 
 
-def z_score(norm, norms):
-    """Return (how many standard deviations `norm` is above the mean of `norms` (n,), norms with it as the newest).
-
-    Everything stays on the device. norms begins as NaN, so the score is NaN until n norms have been seen.
-    """
-    return (norm - norms.mean()) / norms.std(), torch.cat([norms[1:], norm[None]])
-
-
 def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type, muon_momentum=0.95):
     """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each keeps its peak rate as `initial_lr`.
 
@@ -147,6 +140,6 @@ def load_optimizer_state(optimizer, saved, path):
         raise UserError(f'the optimizer state in {path} does not fit: was the setting optimizer changed?')
     groups = [{**group, 'params': old['params']} for group, old in zip(now, saved['param_groups'])]
     params = [p for group in optimizer.param_groups for p in group['params']]
-    state = {i: {key: share_like(value, params[i]) for key, value in moments.items()}
+    state = {i: {key: shard_like(value, params[i]) for key, value in moments.items()}
              for i, moments in saved['state'].items()}
     optimizer.load_state_dict({'state': state, 'param_groups': groups})
