@@ -203,29 +203,6 @@ def compile_or_fall_back(model, runtime, explicit, try_step):
     return compiled
 
 
-class DelayedReader:
-    """Reads small tensors from the device: at once on a CPU, one call later on CUDA, so that no call waits.
-
-    calls: how many calls later, 0 or 1. The first call on CUDA has nothing to return yet and returns zeros.
-    """
-
-    def __init__(self, runtime):
-        self.calls, self.before = int(runtime.device.type == 'cuda'), None
-
-    def __call__(self, tensor):
-        if not self.calls:
-            return tensor.tolist()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        late, self.before = self.before, (host, copied)
-        if late is None:
-            return [0.0] * len(tensor)
-        late[1].synchronize()
-        return late[0].tolist()
-
-
 class Signals:
     """Remembers that USR1, INT or TERM arrived; training asks at each step. A second INT ends the process at once.
 
