@@ -104,6 +104,7 @@ def test_an_unknown_kind_is_refused():
     ('abc:', '：', r"it has ':' \(U\+003A\)$"),
     ('。', '.', r"it has '。' \(U\+3002\)$"),
     ('a 。', '\u3000', r"it has ' ' \(U\+0020\)$"),
+    ('a\u3000', ' ', r"it has '\u3000' \(U\+3000\)$"),
     ('abc', '\x07', r'^character U\+0007 is not'),
     ('hijk', 'ĳ', r'4-character vocabulary$'),  # NFKC makes two characters of it
 ])
