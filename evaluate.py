@@ -19,11 +19,12 @@ import torch.nn.functional as F
 from configurator import UserError, configure, find_path
 from lib import tasks
 from lib.machine import runtime
+from lib.machine.device import DTYPES, device_problem, pick_device
 from lib.text import dataset as datasets
 from lib.text import read_text
-from lib.text.tokenizer import difference
+from lib.text.tokenizer import describe_mismatch
 from lib.training import log
-from lib.weights import load_model
+from lib.weights.load_model import load_model
 
 # model
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
@@ -54,7 +55,7 @@ def check(s):
         'task': (s['task'] in ('', *tasks.URL), f'one of {", ".join(tasks.URL)}'),
         'limit': (s['limit'] >= 0, '0 (all) or more'),
         'batch_size': (s['batch_size'] >= 1, 'at least 1'),
-        'dtype': (s['dtype'] in ('auto', *runtime.DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
+        'dtype': (s['dtype'] in ('auto', *DTYPES), f'one of {", ".join(DTYPES)}'),
     }
     found = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in rules.items() if not fine]
     found += read_text.encoding_problems(s['encoding'])
@@ -62,7 +63,7 @@ def check(s):
               if s[name] and not find_path(s[name]).is_file()]
     if sum(bool(s[name]) for name in ('dataset', 'text', 'task')) > 1:
         found.append('dataset, text and task exclude each other; give one')
-    if problem := runtime.device_problem(s['device']):
+    if problem := device_problem(s['device']):
         found.append(problem)
     return found
 
@@ -105,7 +106,7 @@ def split_loss(model, rt, split, block_size, stride):
     """Return the summed loss in nats over the N - 1 targets of a datasets.Split."""
     nats = 0.0
     for idx, targets in window_batches(split, block_size, stride):
-        mean = float(model(*rt.put(idx, targets), loss_only=True)[1])
+        mean = float(model(*rt.to_device(idx, targets))[1])
         nats += mean * int((targets >= 0).sum())
     return nats
 
@@ -127,9 +128,9 @@ def loglikelihoods(model, rt, requests):
         for row, (ids, n) in enumerate(zip(texts, n_scored)):  # padded at the end, which a causal model cannot see
             idx[row, :len(ids) - 1] = torch.tensor(ids[:-1])
             targets[row, len(ids) - 1 - n:len(ids) - 1] = torch.tensor(ids[-n:])
-        idx, targets = rt.put(idx, targets)
+        idx, targets = rt.to_device(idx, targets)
         scored = targets >= 0
-        logits = model(idx, targets)[0][scored].float()  # (scored targets of all rows, V)
+        logits = model(idx, targets, return_logits=True)[0][scored].float()  # (scored targets of all rows, V)
         losses = F.cross_entropy(logits, targets[scored], reduction='none').split(n_scored)
         greedy = (logits.argmax(-1) == targets[scored]).split(n_scored)
         results += [(float(loss.sum()), n, bool(hit.all())) for loss, n, hit in zip(losses, n_scored, greedy)]
@@ -158,7 +159,7 @@ def split_of_dataset(tok, state):
     data = datasets.open_dataset(dataset or trained_on, 1)
     if data.tokenizer != tok.spec:
         advice = 'leave --dataset out' if dataset not in ('', trained_on) else 'prepare it as for the training'
-        raise UserError(f'dataset {data.name} does not fit this model: {difference(data.tokenizer, tok.spec)}; '
+        raise UserError(f'dataset {data.name} does not fit this model: {describe_mismatch(data.tokenizer, tok.spec)}; '
                         f"{advice}, or give a text with --text=FILE, which is read with the model's tokenizer")
     return f'{split} of {data.name}', getattr(data, split)
 
@@ -179,19 +180,14 @@ def run_text(model, tok, rt, state):
 
 
 def main(argv=None):
-    settings = configure(globals(), argv, early={'device': runtime.pick_device}, check=check)
+    settings = configure(globals(), argv, early={'device': pick_device}, check=check)
     settings.setdefault('seed', 0)  # runtime.start wants one; nothing is random here
     rt = runtime.start(settings)
-    model, tok, state = load_model.open_model(init_from, out_dir)
-    if load_model.has_nan(model):
-        raise UserError(f'checkpoint contains NaN (iter {state.get("iter_num", "unknown")})')
-    if tok.vocab_size > model.config.vocab_size:
-        raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) {tok.vocab_size}: '
-                        'they do not belong together')
-    model.to(rt.device).compute_in(rt.dtype)  # weights stay float32, as in training
+    model, tok, state = load_model(init_from, out_dir)
+    model.to(rt.device).set_compute_dtype(rt.dtype)  # weights stay float32, as in training
     if compile:
         model = torch.compile(model)
-    print(f'device: {rt.why}')
+    print(f'device: {rt.description}')
     print(run_task(model, tok, rt) if task else run_text(model, tok, rt, state))
 
 

@@ -17,7 +17,7 @@ import torch
 
 from configurator import UserError, configure
 from lib.machine.files import atomic_write
-from lib.weights import load_model
+from lib.weights.load_model import load_model
 
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
@@ -80,12 +80,12 @@ def hf_tokenizer(tok):
     merges = [tuple(written[half] for half in halves(token, ids)) for token in ids if len(token) > 1]
     vocabulary = {written[token]: i for token, i in ids.items()}
     if tok.eot is not None:
-        vocabulary[tok.mark] = tok.eot
+        vocabulary[tok.separator] = tok.eot
     made = Tokenizer(models.BPE(vocabulary, merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     if tok.eot is not None:
-        made.add_special_tokens([tok.mark])
+        made.add_special_tokens([tok.separator])
     return made
 
 
@@ -96,7 +96,7 @@ def write_json(path, value):
 
 def write_tokenizer(tok, folder):
     """Write tokenizer.json and the other files that transformers reads into the folder."""
-    special = {} if tok.eot is None else {f'{name}_token': tok.mark for name in ('bos', 'eos', 'unk')}
+    special = {} if tok.eot is None else {f'{name}_token': tok.separator for name in ('bos', 'eos', 'unk')}
     made = hf_tokenizer(tok)
     with atomic_write(folder / 'tokenizer.json') as temporary:
         made.save(str(temporary))
@@ -110,10 +110,8 @@ def main(argv=None):
     configure(globals(), argv)
     from safetensors.torch import save_file
     folder = Path(to or Path(out_dir) / 'hf')
-    model, tok, _ = load_model.open_model(init_from, out_dir)
+    model, tok, _ = load_model(init_from, out_dir)
     config = hf_config(model.config, tok)
-    if load_model.has_nan(model):
-        raise UserError(f'the weights of {out_dir if init_from == "resume" else init_from} are not finite')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'config.json').unlink(missing_ok=True)  # written last: a folder without it is not complete
@@ -127,7 +125,7 @@ def main(argv=None):
         write_json(folder / 'config.json', config)
     except OSError as error:
         raise UserError(f'cannot write {folder} ({error.strerror}); name another folder with --to') from error
-    print(f'number of parameters: {model.num_params() / 1e6:.2f}M')
+    print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
     print(f'wrote {", ".join(sorted(p.name for p in folder.iterdir()))} to {folder}')
 
 

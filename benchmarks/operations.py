@@ -16,8 +16,8 @@ NO_WORK = set('''
     detach detach_ empty empty_like empty_strided expand expand_as fill_ flatten full full_like is_nonzero item
     lift_fresh mT movedim narrow new_empty new_empty_strided new_full new_zeros numpy_T ones ones_like permute
     positive ravel requires_grad_ reshape resize_ resolve_conj resolve_neg result_type select set_ size slice
-    split split_with_sizes squeeze stride t to transpose type_as unbind unflatten unfold unsqueeze view view_as zero_ zeros
-    zeros_like
+    split split_with_sizes squeeze stride t to transpose type_as unbind unflatten unfold unsqueeze view view_as
+    zero_ zeros zeros_like
 '''.split())
 COPIES = {'copy_'}  # counted in addition to the product or sum that they prepare
 

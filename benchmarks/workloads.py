@@ -79,7 +79,7 @@ def guards(sizes, batch_size):
     from lib.text import dataset
     from lib.training import guard, optim
     from model import GPT, GPTConfig
-    device.tune_malloc()
+    runtime.tune_malloc()
     model = GPT(GPTConfig(vocab_size=65, bias=False, **sizes))
     if device.native_bf16():
         model.set_compute_dtype(torch.bfloat16)
@@ -117,7 +117,7 @@ def batches(program, vs, batch_size, block_size):
         from lib.text import dataset
         split = dataset.open_dataset('bench_char', block_size).train
         return {'batches/s': per_second(lambda i: split.batch(dataset.train_starts(
-            'epochs', 1337, len(split), block_size, i * batch_size, batch_size), block_size))}
+            1337, len(split), block_size, i * batch_size, batch_size), block_size))}
     parsed = ast.parse((Path(vs) / 'train.py').read_text(encoding='utf-8'))
     parsed.body = [node for node in parsed.body if getattr(node, 'name', '') == 'get_batch']
     scope = dict(np=np, torch=torch, os=os, data_dir='data/bench_char', batch_size=batch_size, block_size=block_size,
@@ -157,7 +157,7 @@ def generating(program, vs, device, dtype, prompt, new):
     if program == 'ours':
         from lib.generate import generate
         from lib.machine import runtime
-        runtime.keep_memory()
+        runtime.tune_malloc()
     model = model.eval().to(device, getattr(torch, dtype))
     with torch.inference_mode():
         write(min(2, new))
@@ -172,10 +172,10 @@ def sliding(out_dir, home, device, keep):
     """
     from lib import generate
     from lib.text import dataset
-    from lib.weights import load_model
+    from lib.weights.load_model import load_model
     os.chdir(home)
-    model, _, state = load_model.open_model('resume', out_dir)
-    model, generate.KEEP = model.to(device), keep
+    model, _, state = load_model('resume', out_dir)
+    model, generate.KEEP_ON_SLIDE = model.to(device), keep
     val, T = dataset.open_dataset(state['config']['dataset'], 1).val, model.config.block_size
     targets = torch.linspace(T, len(val) - T - 1, min(4000, len(val) - 2 * T)).long()
 
@@ -185,7 +185,8 @@ def sliding(out_dir, home, device, keep):
         for at, length in zip(targets.split(32), lengths.split(32)):
             idx, after = (t.to(device) for t in val.batch((at - length).numpy(), T))  # (B, T) each
             last = torch.arange(len(at)), length - 1
-            found.append(F.cross_entropy(model(idx, after)[0][last].float(), after[last], reduction='none').cpu())
+            logits = model(idx, after, return_logits=True)[0][last].float()
+            found.append(F.cross_entropy(logits, after[last], reduction='none').cpu())
         return torch.cat(found)
 
     def speed(samples, new):

@@ -2,7 +2,7 @@
 
 Prepare with `python data/python_char/prepare.py`. On a CPU one minute by the clock.
 """
-from lib.machine.runtime import native_bf16
+from lib.machine.device import native_bf16
 
 out_dir = 'out-python-char'
 dataset = 'python_char'

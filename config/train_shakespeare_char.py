@@ -2,7 +2,7 @@
 
 On a GPU nanoGPT's baby GPT; on a CPU a smaller model with a longer context, three minutes by the clock.
 """
-from lib.machine.runtime import native_bf16
+from lib.machine.device import native_bf16
 
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'

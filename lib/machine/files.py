@@ -33,7 +33,8 @@ def atomic_write(path):
             with contextlib.suppress(OSError):  # the new file is in place; only a power failure could undo the rename
                 _sync(path.parent, os.O_DIRECTORY)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # renamed already, or the folder is gone
+            temporary.unlink()
 
 
 def leftovers(folder, names):
