@@ -8,7 +8,7 @@ import torch
 
 import export
 from lib.text import tokenizer
-from lib.weights import checkpoint
+from lib.weights import checkpoint, gpt2
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -47,14 +47,14 @@ def test_transformers_loads_it_and_computes_equal_logits(exported, options):
 
 def test_import_undoes_export(exported):
     _, model = exported()
-    back = GPT.from_pretrained('out/hf')
+    back = gpt2.find('out/hf').load()
     assert back.config == model.config
     assert all(torch.equal(p, q) for p, q in zip(back.parameters(), model.parameters()))
 
 
 def test_a_bias_that_was_left_out_comes_back_as_zero(exported):
     model = exported(bias=False)[1].state_dict()
-    back = GPT.from_pretrained('out/hf').state_dict()
+    back = gpt2.find('out/hf').load().state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.items())
     assert not any(back[name].any() for name in back.keys() - model.keys())
 
