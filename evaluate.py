@@ -130,7 +130,7 @@ def loglikelihoods(model, rt, requests):
             targets[row, len(ids) - 1 - n:len(ids) - 1] = torch.tensor(ids[-n:])
         idx, targets = rt.to_device(idx, targets)
         scored = targets >= 0
-        logits = model(idx, targets)[0][scored].float()  # (scored targets of all rows, V)
+        logits = model(idx, targets, return_logits=True)[0][scored].float()  # (scored targets of all rows, V)
         losses = F.cross_entropy(logits, targets[scored], reduction='none').split(n_scored)
         greedy = (logits.argmax(-1) == targets[scored]).split(n_scored)
         results += [(float(loss.sum()), n, bool(hit.all())) for loss, n, hit in zip(losses, n_scored, greedy)]
