@@ -9,15 +9,13 @@ Python config files and --key=value flags override the settings below; flags win
 resume. The model is in model.py; with these two files open you see one complete training step.
 """
 import math
-import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, fields
 
 import torch
 
-from configurator import UserError
-from lib.generate import generate_text
+from lib.generate import sample_text
 from lib.machine import device as devices
 from lib.machine import distributed, runtime
 from lib.text import tokenizer
@@ -216,19 +214,6 @@ def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
     return log.step_line(p.iter_num, *losses, bpb), record
 
 
-def sample_text(model, tok):
-    """Return 200 generated tokens as text. Uses its own random generator, so training is unaffected."""
-    model.eval()
-    try:
-        pieces = generate_text(model, tok, tok.start_ids, 1, 200, seed=seed, temperature=0.8, top_k=200)
-        return ''.join(text for _, text, _ in pieces)
-    except UserError as error:
-        log.warn(f'no sample: {error.message}')
-        return ''
-    finally:
-        model.train()
-
-
 def build_model(settings, data, resumed):
     """Return the model: from a checkpoint, from GPT-2's weights, or initialised from scratch."""
     if resumed:
@@ -243,16 +228,6 @@ def build_model(settings, data, resumed):
     if lora_rank:
         lora.adapt(model, lora_rank)
     return model
-
-
-def print_banner(rt, settings, data, model, sequences, by_clock, say):
-    say(f'device: {rt.description}')
-    say(f'recipe: {log.recipe(settings, sys.argv[1:])}; {log.architecture(model.config)}')
-    say(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
-    say(log.tokens_line(sequences * block_size, len(data.train), 0 if by_clock or context_warmup else max_iters))
-    if context_warmup:
-        say(f'context: {block_size // 4} tokens in the first {context_warmup / 2:.0%} of the run, {block_size // 2} '
-            f'until {context_warmup:.0%}, then {block_size}')
 
 
 def restore(resumed, settings, data, opt, scaler, say):
@@ -291,7 +266,8 @@ def main():
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
     micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
     sequences = micro_steps * batch_size  # per update
-    print_banner(rt, settings, data, raw_model, sequences, by_clock, say)
+    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters):
+        say(line)
     if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
     p = restore(resumed, settings, data, opt, scaler, say) if resumed else Progress()
@@ -360,7 +336,7 @@ def main():
             if (due or last) and not evaluated:
                 line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
                 if tok and (len(p.history) % sample_interval == 0 or last):
-                    record['sample'] = sample_text(raw_model, tok)
+                    record['sample'] = sample_text(raw_model, tok, seed, warn)
                     line += '\n' + textwrap.indent(record['sample'], '    | ', lambda line: True)
                 write_log('eval', line, record)
                 if curves.overfitting_starts(p.history):

@@ -161,3 +161,19 @@ def generate_text(model, tok, prompt, num_samples, max_new_tokens, *, stop='', l
                 raise UserError(f'the model computes NaN or infinity in {model.dtype} on '
                                 f'{model.lm_head.weight.device}; try --dtype=float32 or --device=cpu')
             yield i, decoder.feed(ids, last=left == 0), decoder.done
+
+
+def sample_text(model, tok, seed, warn):
+    """Return 200 generated tokens as text for the log of a training run; '' after a warning if the model cannot.
+
+    Uses its own random numbers, so training is unaffected. The model is in training mode before and after.
+    """
+    model.eval()
+    try:
+        pieces = generate_text(model, tok, tok.start_ids, 1, 200, seed=seed, temperature=0.8, top_k=200)
+        return ''.join(text for _, text, _ in pieces)
+    except UserError as error:
+        warn(f'no sample: {error.message}')
+        return ''
+    finally:
+        model.train()

@@ -7,7 +7,7 @@ from configurator import UserError
 from lib.text import data_folder, tokenizer
 from lib.weights import checkpoint, gpt2, lora
 from lib.weights.checkpoint import has_nan
-from model import GPT, GPTConfig
+from model import GPTConfig
 
 
 def load_model(init_from, out_dir, dtype=torch.float32):
@@ -48,7 +48,7 @@ def model_from_checkpoint(state, path, dtype=torch.float32, **overrides):
     """
     try:
         config = GPTConfig(**{**state['model_args'], **overrides})
-        model = GPT.uninitialized(config, dtype)
+        model = gpt2.uninitialized(config, dtype)
         if rank := lora.rank_of(state['model']):
             lora.adapt(model, rank)
     except (TypeError, ValueError) as error:
