@@ -9,6 +9,7 @@ marks after them are targets of the loss. Each part is encoded separately, in tr
 so a prompt has the same tokens as in training. Questions and answers hold no blank line (see `clean`), so nobody can
 write a mark.
 """
+import json
 import re
 
 import numpy as np
@@ -197,3 +198,18 @@ def starts(tokens, mask, after):
     """
     ends = np.flatnonzero((mask[1:] == 0) & (mask[:-1] == 1) & (tokens[1:] == after)) + 1
     return np.concatenate([[0], ends + 1])[:-1 if len(ends) and ends[-1] == len(tokens) - 1 else None]
+
+
+# For other programs
+
+def chat_template(marks):
+    """Return the Jinja template with which transformers writes messages as this program does.
+
+    Blank lines inside a message are left as they are there; `clean` removes them here.
+    """
+    user, assistant, end = (json.dumps(marks[name]) for name in ('user', 'assistant', 'end'))
+    return ("{%- for message in messages -%}{%- set text = message['content'] | trim -%}"
+            "{%- if message['role'] == 'system' -%}{{- text + " + end + " -}}"
+            "{%- elif message['role'] == 'user' -%}{{- " + user + " + text -}}"
+            "{%- else -%}{{- " + assistant + " + text + " + end + " -}}{%- endif -%}{%- endfor -%}"
+            "{%- if add_generation_prompt -%}{{- " + assistant + " -}}{%- endif -%}")
