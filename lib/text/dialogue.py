@@ -9,13 +9,14 @@ marks after them are targets of the loss. Each part is encoded separately, in tr
 so a prompt has the same tokens as in training. Questions and answers hold no blank line (see `clean`), so nobody can
 write a mark.
 """
+import hashlib
 import json
 import re
 
 import numpy as np
 
 from configurator import UserError
-from lib.text.tokenizer import TextError
+from lib.text.tokenizer import TextError, encoded
 
 # The first marks that the tokenizer can encode are used; the second are for a vocabulary without Latin letters.
 MARKS = ({'user': 'Q:\n', 'assistant': '\n\nA:\n', 'end': '\n\n'},
@@ -60,6 +61,9 @@ def read_row(record, place, prompt_keys=(), answer_keys=()):
                      _joined(record, answer_keys, 'answer_key', place))
     if 'messages' in record:
         return from_messages(record['messages'], place)
+    if not is_row(record):
+        raise UserError(f'{place}: expected messages, or prompt and completion, among {", ".join(map(str, record))}; '
+                        'set --prompt_key=... and --answer_key=..., or --text_key=... for text')
     prompt, completion = record['prompt'], record['completion']
     if isinstance(prompt, list) and isinstance(completion, list):  # both written as messages
         return from_messages(prompt + completion, place)
@@ -73,6 +77,10 @@ def _pair(question, answer):
 def _text(value, name, place):
     if not isinstance(value, str | None):
         raise UserError(f'{place}: {name} holds {type(value).__name__}, expected text')
+    try:
+        encoded(value or '')
+    except TextError as error:
+        raise UserError(f'{place}: {error.message}') from None
     return clean(value or '')
 
 
@@ -144,6 +152,12 @@ def parts(system, exchanges, marks, question=None):
         yield marks['assistant'], False, True
 
 
+def as_text(pieces):
+    """Yield (dialogue, True) pieces as (text, True), with everything that will be encoded, to choose a tokenizer by."""
+    for (system, exchanges), is_last in pieces:
+        yield ''.join(text for text, _, _ in parts(system, exchanges, MARKS[0])), is_last
+
+
 def encode_mark(coder, mark):
     """Return the ids of a mark, each newline encoded by itself.
 
@@ -168,17 +182,21 @@ def prompt_ids(coder, system, exchanges, question, marks):
     return encode(coder, system, exchanges, marks, question)[0]
 
 
+def separator(coder):
+    """Return the token after each dialogue: end-of-text, or a newline if the tokenizer has none."""
+    return coder.eot if coder.eot is not None else coder.encode('\n')[0]
+
+
 def pack(coder, dialogues, marks):
     """Return (ids, mask) of many dialogues as arrays; after each comes end-of-text, or a newline where there is none.
 
     That token is no target.
     """
-    after = [coder.eot] if coder.eot is not None else coder.encode('\n')
-    ids, mask = [], []
+    after, ids, mask = separator(coder), [], []
     for system, exchanges in dialogues:
         new_ids, new_mask = encode(coder, system, exchanges, marks)
-        ids += new_ids + after
-        mask += new_mask + [0] * len(after)
+        ids += [*new_ids, after]
+        mask += [*new_mask, 0]
     return np.array(ids, coder.dtype), np.array(mask, np.uint8)
 
 
@@ -198,6 +216,36 @@ def starts(tokens, mask, after):
     """
     ends = np.flatnonzero((mask[1:] == 0) & (mask[:-1] == 1) & (tokens[1:] == after)) + 1
     return np.concatenate([[0], ends + 1])[:-1 if len(ends) and ends[-1] == len(tokens) - 1 else None]
+
+
+# The files of a data folder
+
+def check_meta(meta):
+    """Raise an error that data_folder.read_meta reports if what meta.json says about masks is incomplete."""
+    if not all(type(meta['chat'][name]) is str and meta['chat'][name] for name in ('user', 'assistant', 'end')):
+        raise ValueError(f'chat is {meta["chat"]!r}')
+    for split, facts in meta['splits'].items():
+        if type(facts['mask_sha256']) is not str or type(facts['answer_bytes']) is not int:
+            raise ValueError(f'mask_sha256 or answer_bytes of {split} is wrong')
+
+
+def read_mask(path, expected, in_memory):
+    """Return the mask in a file, (n_tokens,) uint8; mapped if it has `in_memory` bytes or more.
+
+    expected: what meta.json says about the split. UserError if the file is missing or is not what prepare wrote.
+    """
+    if not path.exists():
+        raise UserError(f'{path} not found, and meta.json says that it belongs to the data; run prepare.py again')
+    size = path.stat().st_size
+    if size != expected['n_tokens']:
+        raise UserError(f'{path} has {size} bytes for {expected["n_tokens"]} tokens; run prepare.py again')
+    if size >= in_memory:
+        return np.memmap(path, dtype=np.uint8, mode='r')
+    raw = path.read_bytes()
+    if hashlib.sha256(raw).hexdigest() != expected['mask_sha256']:
+        raise UserError(f'{path} was changed since prepare wrote it: meta.json does not match its sha256; '
+                        'run prepare.py again')
+    return np.frombuffer(raw, np.uint8)
 
 
 # For other programs
