@@ -26,6 +26,7 @@ class Dialogues:
     ends: np.ndarray  # (n,) int64, of the token after each
     n_targets: np.ndarray  # (n,) int64, within the window
     n_cut: int  # dialogues that are longer than a window
+    n_unused: int  # dialogues without a window
     n_lost: int  # targets that no window reads
 
     @classmethod
@@ -36,7 +37,7 @@ class Dialogues:
         stops = np.minimum(ends, starts + block_size + 1)
         n_targets = np.add.reduceat(mask, np.stack([starts, stops], 1).ravel(), dtype=np.int64)[::2]
         used = n_targets > 0
-        return cls(starts[used], ends[used], n_targets[used], int((ends > stops).sum()),
+        return cls(starts[used], ends[used], n_targets[used], int((ends > stops)[used].sum()), int((~used).sum()),
                    int(mask.sum(dtype=np.int64) - n_targets.sum()))
 
 
@@ -69,8 +70,8 @@ class Split:
         used = np.minimum(found.ends - found.starts, block_size).sum() / (n * block_size)
         line = f'dialogues: {n:,}, one per window of {block_size} tokens, which are {used:.0%} full'
         if found.n_cut:
-            line += (f'; {found.n_cut:,} are longer and are cut there, which loses {found.n_lost:,} of '
-                     f'{self.n_targets:,} targets')
+            line += (f'; {found.n_cut:,} are longer and are cut there, {found.n_unused:,} more have no answer there: '
+                     f'{found.n_lost:,} of {self.n_targets:,} targets are not read')
         return line
 
     def prompt(self, number):
