@@ -6,10 +6,11 @@ far, so each new question costs its own tokens only.
 import signal
 import sys
 
+import numpy as np
 import torch
 
 from configurator import UserError
-from lib.generate import Tail, pick
+from lib.generate import StreamDecoder, sample_next_token
 from lib.text import dialogue
 from model import KVCache
 
@@ -19,21 +20,21 @@ HELP = '/reset forgets the conversation, /quit ends it; Ctrl-C stops an answer'
 class Conversation:
     """What was said, and the model's cache of it.
 
-    marks: the checkpoint's. rules: see lib.generate.pick. system: a text that stays at the beginning.
+    marks: the checkpoint's. rules: see lib.generate.sample_next_token. system: a text that stays at the beginning.
     """
 
     def __init__(self, model, tok, marks, *, max_new_tokens=500, seed=1337, system='', **rules):
         self.model, self.tok, self.marks, self.rules = model, tok, marks, rules
-        self.max_new_tokens, self.system = max_new_tokens, dialogue.clean(system)
+        self.max_new_tokens, self.seed, self.system = max_new_tokens, seed, dialogue.clean(system)
         self.device = model.lm_head.weight.device
-        self.generator = torch.Generator(self.device).manual_seed(seed)
         self.block_size = model.config.block_size
         self.dropped = 0  # exchanges that were forgotten because they did not fit, at the last question
         self.reset()
 
     def reset(self):
         """Forget everything that was said."""
-        self.exchanges, self.read, self.cache = [], [], None  # read: the ids in the cache
+        self.exchanges, self.n_answers = [], 0
+        self.read, self.cache = [], None  # read: the ids in the cache
 
     def prompt(self, question):
         """Return the ids to answer after; drops the oldest exchanges until they leave room for an answer.
@@ -66,7 +67,10 @@ class Conversation:
                 self.exchanges.append((question, text))
 
     def _generate(self, ids):
-        tail, V = Tail(self.tok, self.marks['end']), self.tok.vocab_size
+        decoder, V = StreamDecoder(self.tok, self.marks['end']), self.tok.vocab_size
+        random = np.random.default_rng([self.seed, self.n_answers]).random(self.max_new_tokens, np.float32)
+        uniform = torch.from_numpy(random).to(self.device)
+        self.n_answers += 1
         if self.cache is None or ids[:len(self.read)] != self.read:  # the beginning changed: read everything again
             dtype = torch.float32 if self.device.type == 'cpu' else self.model.dtype
             self.cache, self.read = KVCache(self.model.config, 1, self.device, dtype), []
@@ -74,18 +78,18 @@ class Conversation:
         if self.rules.get('repetition_penalty', 1.0) != 1:
             seen = torch.zeros(1, V, dtype=torch.bool, device=self.device)
             seen[0, ids] = True
-        for left in range(self.max_new_tokens - 1, -1, -1):
+        for n in range(self.max_new_tokens):
             logits, _ = self.model(torch.tensor([new], device=self.device), cache=self.cache)
             self.read += new
-            picked = pick(logits[:, -1, :V].float(), seen, self.generator, **self.rules)
-            new = picked.tolist()
+            new = sample_next_token(logits[:, -1, :V].float(), uniform[n:n + 1], seen, **self.rules).tolist()
             if new == [-1]:
                 raise UserError(f'the model computes NaN or infinity in {self.model.dtype} on {self.device}; '
                                 'try --dtype=float32 or --device=cpu')
             if seen is not None:
                 seen[0, new] = True
-            yield tail.feed(new, last=left == 0 or len(self.read) == self.block_size)
-            if tail.done:
+            last = n == self.max_new_tokens - 1 or len(self.read) == self.block_size
+            yield decoder.feed(new, last)
+            if decoder.done:
                 return
 
 

@@ -4,6 +4,7 @@ Each data/NAME/prepare.py calls `prepare` with what is special about its text. T
 (text, is_last), see lib/text/read_text.py, and goes from there to train and val, to chunks, to token ids, to files.
 """
 import ast
+import json
 import re
 import sys
 from itertools import chain
@@ -26,7 +27,7 @@ answer_key = ''  # key of the answer, the only part that is learned
 encoding = 'utf-8'  # of text files, for example gb18030
 # Result
 name = ''  # write to data/NAME/ of the repository; '' = the script's folder, or data/text: named after the input
-tokenizer = 'char'  # char | byte | gpt2 | bpe (trained on this text)
+tokenizer = 'char'  # char | byte | gpt2 | bpe (trained on this text) | a run's or dataset's folder, to reuse its own
 vocab_size = 4096  # number of ids of a trained bpe
 num_proc = 0  # processes that tokenize with a BPE; 0 = one per core; the result is the same for any number
 # --------------------------------------------------------------------------------------------------------------------
@@ -38,8 +39,9 @@ _KINDS = ('char', 'byte', 'gpt2', 'bpe')
 def _check(settings):
     """Return a list of error messages about the settings of a prepare script; empty if they are valid."""
     problems = []
-    if settings['tokenizer'] not in _KINDS:
-        problems.append(f"tokenizer={settings['tokenizer']}: expected one of {', '.join(_KINDS)}")
+    if settings['tokenizer'] not in _KINDS and not find_path(settings['tokenizer']).is_dir():
+        problems.append(f"tokenizer={settings['tokenizer']}: expected one of {', '.join(_KINDS)}, or the folder of a "
+                        'run or a dataset')
     if not 0 < settings['val_fraction'] < 1:
         problems.append(f"val_fraction={settings['val_fraction']}: expected more than 0 and less than 1")
     if settings['vocab_size'] < 257:
@@ -63,9 +65,28 @@ def _tokenizer(settings, chars, sample, append_separator):
         return tokenizers.CharTokenizer(''.join(sorted(set(chars))))
     if settings['tokenizer'] == 'bpe':
         return tokenizers.train_bpe(sample, settings['vocab_size'])
-    tokenizer = tokenizers.from_spec({'kind': settings['tokenizer']})
-    tokenizer.encode('')  # load its files now: errors come early, and forked workers need not load them again
+    if settings['tokenizer'] in _KINDS:
+        spec = {'kind': settings['tokenizer']}
+    else:
+        spec = _spec_in(find_path(settings['tokenizer']))
+    tokenizer = tokenizers.from_spec(spec)
+    # load its files now: errors come early, and forked workers need not load them again
+    tokenizer.encode(''.join(chars) if tokenizer.kind == 'char' else '')
     return tokenizer
+
+
+def _spec_in(folder):
+    """Return the tokenizer spec of the run, exported model or dataset in `folder`; UserError if there is none."""
+    if (folder / 'ckpt.pt').exists():
+        from lib.weights import checkpoint  # needs torch, which nothing else here does
+        state = checkpoint.load(folder / 'ckpt.pt', mmap=True)
+        if 'tokenizer' in state:
+            return state['tokenizer']
+    elif (folder / 'tokenizer_spec.json').exists():
+        return json.loads((folder / 'tokenizer_spec.json').read_text(encoding='utf-8'))
+    elif (folder / 'train.bin').exists():
+        return data_folder.tokenizer_spec(folder)
+    raise UserError(f'tokenizer={folder}: no ckpt.pt, tokenizer_spec.json or prepared dataset with a tokenizer in it')
 
 
 def _destination(settings, script, source_text):
