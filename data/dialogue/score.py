@@ -10,31 +10,32 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from configurator import UserError, configure
-from lib.machine import runtime
+from configurator import UserError, configure, find_path
+from lib.machine import device as devices
 from lib.text import dialogue
 from lib.weights.load_model import load_model
 from model import KVCache
 
 out_dir = 'out-dialogue'  # folder of the training run, relative to the working directory
 device = 'auto'  # cpu | cuda | mps; the best available unless set
+rows = ''  # JSON lines like those of prepare.py; '' = its validation rows
 show = 5  # wrong answers to print
 
 
 def held_out():
-    """Return the rows of the validation split."""
-    path = Path(__file__).resolve().with_name('input-val.jsonl')
+    """Return the rows to score; UserError if prepare.py has not written them."""
+    path = find_path(rows) if rows else Path(__file__).resolve().with_name('input-val.jsonl')
     if not path.exists():
         raise UserError(f'{path} not found. Run: python data/dialogue/prepare.py')
     return [json.loads(line) for line in path.read_text(encoding='utf-8').splitlines()]
 
 
-def questions(rows):
+def questions(dialogues):
     """Yield (task, language, what was said before, question, right answer) for each question that is scored.
 
     What was said before has the right answers, not the model's.
     """
-    for row in rows:
+    for row in dialogues:
         system, exchanges = dialogue.from_messages(row['messages'], 'data/dialogue')
         for n, (task, (question, answer)) in enumerate(zip(row['tasks'], exchanges, strict=True)):
             if task:
@@ -56,8 +57,8 @@ def answers(model, tok, prompts, end, device):
 
 
 def main(argv=None):
-    settings = configure(globals(), argv, early={'device': runtime.pick_device},
-                         check=lambda s: list(filter(None, [runtime.device_problem(s['device'])])))
+    settings = configure(globals(), argv, early={'device': devices.pick_device},
+                         check=lambda s: list(filter(None, [devices.device_problem(s['device'])])))
     model, tok, state = load_model('resume', out_dir)
     model, marks = model.to(settings['device']), state.get('chat')
     if not marks:

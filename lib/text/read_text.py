@@ -210,8 +210,7 @@ def read(path, codec, keys, delimiter='', extract=None):
 
     codec: the encoding of text files. keys: the keys of the text in JSON and parquet records. delimiter: the string
     between the documents of a text file; '' if the file is one document. extract: a function (record, place) -> pieces
-    that reads records in place of the text under `keys`; these are then the columns it needs, () for all. UserError
-    names the file and the place.
+    to use instead of the text under `keys`, the columns it needs; () = all. UserError names the file and the place.
     """
     extract = extract or _text_of(keys)
     if str(path).startswith('hub:'):
