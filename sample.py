@@ -3,6 +3,7 @@
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"    a model that you trained
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt        OpenAI's GPT-2, with a prompt from a file
     python sample.py --temperature=0 --num_samples=1                    the most likely continuation
+    python sample.py --out_dir=out-dialogue --chat                      a conversation, with a model of dialogues
 
 Python config files and --key=value flags override the settings below; flags win. The rules for choosing a token are
 in lib/generate.py.
@@ -13,6 +14,7 @@ import sys
 import torch
 
 from configurator import UserError, configure, find_path
+from lib.chat import open_conversation, print_answer, talk
 from lib.generate import generate_text
 from lib.machine import device as devices
 from lib.machine import runtime
@@ -27,6 +29,7 @@ start = '\n'  # the prompt, or FILE:prompt.txt; an empty one is the natural begi
 num_samples = 10  # samples, generated together
 max_new_tokens = 500  # tokens per sample, at most
 stop = ''  # text that ends a sample and is not printed; '' = none. End-of-text always ends one
+chat = False  # a conversation in the terminal; with --start one answer and nothing else
 stream = False  # print text as it comes; on a terminal unless given
 
 # choosing a token
@@ -106,7 +109,7 @@ def show(pieces, prompt, live):
 def main(argv=None):
     settings = configure(globals(), argv, early={'device': devices.pick_device}, check=check)
     rt = runtime.start(settings)
-    model, tok, _ = load_model(init_from, out_dir, rt.dtype)
+    model, tok, state = load_model(init_from, out_dir, rt.dtype)
     model = model.to(rt.device, rt.dtype)
     if compile:
         model = torch.compile(model)
@@ -114,9 +117,16 @@ def main(argv=None):
     if not settings.given('start') and tok.kind == 'char' and prompt not in tok.chars:
         prompt = ''  # a text of one line has no newline to begin with
     live = stream if settings.given('stream') else sys.stdout.isatty()
+    rules = dict(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, repetition_penalty=repetition_penalty)
+    if chat:
+        conversation = open_conversation(model, tok, state, max_new_tokens=max_new_tokens, **rules)
+        if settings.given('start'):
+            print_answer(conversation, prompt, live)
+        else:
+            talk(conversation, live)
+        return
     pieces = generate_text(model, tok, encode_start(prompt, tok), num_samples, max_new_tokens, stop=typed(stop),
-                           live=live, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,
-                           repetition_penalty=repetition_penalty)
+                           live=live, **rules)
     show(pieces, prompt, live)
 
 

@@ -94,7 +94,8 @@ def banner(rt, settings, data, model, sequences, max_iters):
     lines = [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
              f'recipe: {recipe(settings, sys.argv[1:])}; {architecture(model.config)}',
              f'number of parameters: {model.get_num_params() / 1e6:.2f}M',
-             tokens_line(sequences * block_size, len(data.train), 0 if warmup else max_iters)]
+             *([data.train.describe(block_size)] if data.marks else []),
+             tokens_line(sequences * block_size, data.train.epoch_tokens(block_size), 0 if warmup else max_iters)]
     if warmup:
         lines.append(f'context: {block_size // 4} tokens in the first {warmup / 2:.0%} of the run, {block_size // 2} '
                      f'until {warmup:.0%}, then {block_size}')
