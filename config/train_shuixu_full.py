@@ -1,4 +1,4 @@
-"""Water Margin and its sequels in GPT-2's BPE. Prepare them with `python data/shuixu_full/prepare.py --input=FOLDER`.
+"""Water Margin and its sequels in GPT-2's BPE. Prepare them with `python data/shuixu_full/prepare.py`.
 
 The WHY42 tutorial trains two sizes. This file is the larger one. The first one is nanoGPT's baby GPT:
 

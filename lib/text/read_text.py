@@ -247,11 +247,11 @@ def find(flag, words, folder):
     return paths
 
 
-def download(url, path):
-    """Fetch `url` to `path` in three tries; a failure leaves nothing behind and raises UserError with the ways out."""
+def download(url, path, tries=3):
+    """Fetch `url` to `path` in at most `tries` tries; a failure leaves nothing behind and raises UserError with the ways out."""
     temp = Path(f'{path}.tmp')
     temp.parent.mkdir(parents=True, exist_ok=True)
-    for wait in (WAIT, 2 * WAIT, 0):
+    for wait in (WAIT, 2 * WAIT, 0)[-tries:]:
         try:
             request = urllib.request.Request(url, headers={'User-Agent': 'minuteGPT'})
             with urllib.request.urlopen(request, timeout=30) as reply, open(temp, 'wb') as file:
