@@ -248,7 +248,7 @@ def find(flag, words, folder):
 
 
 def download(url, path, tries=3):
-    """Fetch `url` to `path` in at most `tries` tries; a failure leaves nothing behind and raises UserError with the ways out."""
+    """Fetch `url` to `path` in at most `tries` tries; a failure leaves nothing behind and raises UserError."""
     temp = Path(f'{path}.tmp')
     temp.parent.mkdir(parents=True, exist_ok=True)
     for wait in (WAIT, 2 * WAIT, 0)[-tries:]:
