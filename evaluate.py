@@ -23,7 +23,7 @@ from lib.text import dataset as datasets
 from lib.text import read_text as read_text_room
 from lib.text.tokenizer import difference
 from lib.training import log
-from lib.weights import load_model
+from lib.weights.load_model import load_model
 
 # model
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
@@ -87,7 +87,7 @@ def split_nats(model, rt, tokens, block_size, stride):
         starts, lengths, fresh = map(np.array, zip(*batch))
         idx, targets = tokens.batch(starts, int(lengths[0]))  # (B, T) each
         targets = targets.masked_fill(torch.arange(lengths[0]) < torch.tensor(lengths - fresh)[:, None], -1)
-        return float(model(*rt.put(idx, targets), loss_only=True)[1]) * int(fresh.sum())
+        return float(model(*rt.put(idx, targets))[1]) * int(fresh.sum())
 
     count = 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
     for window in log.watched(windows(len(tokens), block_size, stride), count, 'windows'):
@@ -166,13 +166,8 @@ def main(argv=None):
     settings = configure(globals(), argv, early={'device': runtime.pick_device}, check=check)
     settings.setdefault('seed', 0)  # nothing is drawn here
     rt = runtime.start(settings)
-    model, tok, state = load_model.open_model(init_from, out_dir)
-    if load_model.has_nan(model):
-        raise UserError(f'checkpoint contains NaN (iter {state.get("iter_num", "unknown")})')
-    if tok.vocab_size > model.config.vocab_size:
-        raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) {tok.vocab_size}: '
-                        'they do not belong together')
-    model.to(rt.device).compute_in(rt.dtype)  # weights stay float32, as in training
+    model, tok, state = load_model(init_from, out_dir)
+    model.to(rt.device).set_compute_dtype(rt.dtype)  # weights stay float32, as in training
     net = torch.compile(model) if compile else model
     print(f'device: {rt.why}')
     print(run_task(net, tok, rt) if task else run_text(net, tok, rt, state))

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure
-from lib.weights import load_model
+from lib.weights.load_model import load_model
 
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
@@ -104,10 +104,8 @@ def main(argv=None):
     configure(globals(), argv)
     from safetensors.torch import save_file
     folder = Path(to or Path(out_dir) / 'hf')
-    model, tok, _ = load_model.open_model(init_from, out_dir)
+    model, tok, _ = load_model(init_from, out_dir)
     config = hf_config(model.config, tok)
-    if load_model.has_nan(model):
-        raise UserError(f'the weights of {out_dir if init_from == "resume" else init_from} are not finite')
     try:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / 'config.json').unlink(missing_ok=True)  # written last: a folder without it is not whole
@@ -122,7 +120,7 @@ def main(argv=None):
         (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
     except OSError as error:
         raise UserError(f'cannot write {folder} ({error.strerror}); name another folder with --to') from error
-    print(f'number of parameters: {model.num_params() / 1e6:.2f}M')
+    print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
     print(f'{", ".join(sorted(p.name for p in folder.iterdir()))} are in {folder}')
 
 

@@ -15,7 +15,7 @@ import torch
 from configurator import UserError, configure, find_path
 from lib.generate import complete
 from lib.machine import runtime
-from lib.weights import load_model
+from lib.weights.load_model import load_model
 
 # model
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
@@ -85,13 +85,7 @@ def encode_start(text, tok):
 
 def load(rt):
     """Return (model, tokenizer) as the settings ask for, on the device and in its dtype; UserError if unusable."""
-    model, tok, state = load_model.open_model(init_from, out_dir, rt.dtype)
-    if load_model.has_nan(model):
-        raise UserError(f'checkpoint contains NaN (iter {state.get("iter_num", "unknown")}); use another or train '
-                        'again with a lower learning_rate')
-    if tok.vocab_size > model.config.vocab_size:
-        raise UserError(f'the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) {tok.vocab_size}: '
-                        'they do not belong together')
+    model, tok, _ = load_model(init_from, out_dir, rt.dtype)
     model = model.to(rt.device, rt.dtype)
     return (torch.compile(model) if compile else model), tok
 

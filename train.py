@@ -24,7 +24,7 @@ from lib.training import log as report
 from lib.training import preflight
 from lib.training.optim import make_optimizer, restore, z_score
 from lib.training.trackers import open_trackers
-from lib.weights import checkpoint, load_model, lora
+from lib.weights import checkpoint, gpt2, load_model, lora
 from model import GPT, GPTConfig
 
 # output
@@ -165,7 +165,7 @@ def mean_loss(fast, model, rt, batches):
             continue
         idx, targets = batch
         usual = idx.shape == (batch_size, block_size)
-        loss = (fast if usual else model)(*rt.put(idx, targets), loss_only=True)[1]
+        loss = (fast if usual else model)(*rt.put(idx, targets))[1]
         nats, count = nats + loss * targets.numel(), count + targets.numel()
     model.train()
     nats, count = rt.total(float(nats), count)
@@ -213,19 +213,19 @@ def main():
     # the model: from a checkpoint, from scratch, or from GPT-2's weights
     if resumed:
         path, state = resumed
-        model = load_model.build(state, path, dropout=dropout)
+        model = load_model.model_from_checkpoint(state, path, dropout=dropout)
     elif init_from in ('scratch', 'auto'):
         vocab_size = 50304 if data.tokenizer['kind'] == 'gpt2' else data.vocab_size  # 50257, padded for speed
         model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, pos, norm, mlp, qk_norm,
                               tie_weights, softcap, smear))
     else:
-        model = load_model.pretrained(init_from, dropout=dropout, block_size=block_size)
+        model = gpt2.find(init_from).load(dropout=dropout, block_size=block_size)
     if lora_rank and not resumed:
         lora.adapt(model, lora_rank)
-    model.compute_in(rt.dtype)  # weights stay float32
+    model.set_compute_dtype(rt.dtype)  # weights stay float32
     model.checkpoint_activations = checkpoint_activations
     model = runtime.place(model, rt, parallel).train()
-    opt = make_optimizer(optimizer, model.param_groups(weight_decay, matrices_apart=optimizer == 'muon'),
+    opt = make_optimizer(optimizer, model.param_groups(weight_decay, muon=optimizer == 'muon'),
                          learning_rate, muon_lr, (beta1, beta2), rt.device.type, muon_momentum)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
     micro_tokens = batch_size * block_size
@@ -234,7 +234,7 @@ def main():
     tokens_per_iter = n_rows * block_size
     say(f'device: {rt.why}' + f'; {rt.world_size} processes' * (rt.world_size > 1))
     say(f'recipe: {report.recipe(settings, sys.argv[1:])}')
-    say(f'number of parameters: {model.num_params() / 1e6:.2f}M')
+    say(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # the schedule's axis: the clock, or updates
     # who counts updates means whole ones
     short = 0.0 if settings.by_flag('max_iters') and not settings.by_flag('context_warmup') else context_warmup
@@ -264,7 +264,7 @@ def main():
 
     def try_step(compiled):
         starts = eval_starts(len(data.train), block_size, 1, batch_size)[0]
-        compiled(*rt.put(*data.train.batch(starts, block_size)), loss_only=True)[1].backward()
+        compiled(*rt.put(*data.train.batch(starts, block_size)))[1].backward()
 
     fast = runtime.compile_or_fall_back(model, rt, settings.given('compile'), try_step)
     net = runtime.wrap(fast, rt, parallel)
@@ -405,7 +405,7 @@ def main():
                 idx, targets = rt.put(*data.train.batch(starts, context))  # (B, T) each
                 runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
                 # so scaled, gradients end as the mean of all
-                loss = net(idx, targets, loss_only=True)[1] * rt.world_size / micro_steps
+                loss = net(idx, targets)[1] * rt.world_size / micro_steps
                 scaler.scale(loss).backward()
                 loss_sum = loss_sum + loss.detach()
             scaler.unscale_(opt)
@@ -438,7 +438,7 @@ def main():
                 tok_s = n_rows * context / dt
                 record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
                           'tok_s': tok_s, 'tokens': tokens_seen + n_rows * context, 'minutes': clock(),
-                          'mfu': None if lora_rank else model.mfu(tok_s / rt.world_size, peak_flops, context)}
+                          'mfu': None if lora_rank else model.estimate_mfu(tok_s / rt.world_size, peak_flops, context)}
                 say(report.iter_line(record, dt, left))
                 if rt.master:
                     report.append_log(log, record)

@@ -80,7 +80,7 @@ def guards(sizes, batch_size):
     runtime.keep_memory()
     model = GPT(GPTConfig(vocab_size=65, bias=False, **sizes))
     if runtime.native_bf16():
-        model.compute_in(torch.bfloat16)
+        model.set_compute_dtype(torch.bfloat16)
     opt = optim.make_optimizer('adamw', model.param_groups(0.1), 1e-3, 0.02, (0.9, 0.99), 'cpu')
     split = dataset.open_dataset('bench_char', sizes['block_size']).train
     late = runtime.Late(runtime.Runtime(torch.device('cpu'), model.dtype, False, ''))
@@ -170,9 +170,9 @@ def sliding(out_dir, home, device, keep):
     """
     from lib import generate
     from lib.text import dataset
-    from lib.weights import load_model
+    from lib.weights.load_model import load_model
     os.chdir(home)
-    model, _, state = load_model.open_model('resume', out_dir)
+    model, _, state = load_model('resume', out_dir)
     model, generate.KEEP = model.to(device), keep
     val, T = dataset.open_dataset(state['config']['dataset'], 1).val, model.config.block_size
     targets = torch.linspace(T, len(val) - T - 1, min(4000, len(val) - 2 * T)).long()

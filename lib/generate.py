@@ -72,7 +72,8 @@ def _read_once(model, prompt, num_samples, dtype):
     cache = KVCache(model.config, num_samples, prompt.device, dtype)
     for kept, read in zip(cache.k + cache.v, one.k + one.v):  # (B, nh, S, hs) and (1, nh, S, hs), of each layer
         kept[:, :, :one.pos] = read[:, :, :one.pos]
-    cache.pos, cache.before = one.pos, None if one.before is None else one.before.expand(num_samples, -1, -1)
+    cache.pos, previous = one.pos, one.prev_embedding
+    cache.prev_embedding = None if previous is None else previous.expand(num_samples, -1, -1)
     return logits, cache
 
 

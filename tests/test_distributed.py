@@ -117,7 +117,7 @@ from lib.machine import runtime
 real = runtime.place
 def place(*args):
     model = real(*args)
-    print('held', sum(p.to_local().numel() for p in model.parameters()), 'of', model.num_params(False), flush=True)
+    print('held', sum(p.to_local().numel() for p in model.parameters()), 'of', model.get_num_params(False), flush=True)
     return model
 runtime.place = place
 """
@@ -133,7 +133,7 @@ def test_nan_on_one_rank_stops_all_at_the_same_update_and_names_it(workdir, para
     poison = """
 import model
 real, calls = model.GPT.forward, []
-def forward(self, idx, targets=None, cache=None, loss_only=False):
+def forward(self, idx, targets=None, cache=None, return_logits=False):
     logits, loss = real(self, idx, targets, cache)
     if self.training and rank == 1:
         calls.append(0)

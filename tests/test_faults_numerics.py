@@ -33,7 +33,7 @@ def nan_at(monkeypatch):
     def install(update, times=1):
         real, calls = model_file.GPT.forward, []
 
-        def forward(self, idx, targets=None, cache=None, loss_only=False):
+        def forward(self, idx, targets=None, cache=None, return_logits=False):
             logits, loss = real(self, idx, targets, cache)
             if self.training and loss is not None:
                 calls.append(0)
@@ -86,7 +86,7 @@ def test_float16_skips_updates_that_overflow_and_stops_after_twenty(run, workdir
 def test_an_update_marked_as_not_finite_changes_no_weight_and_no_moment(kind):  # fault 38
     torch.manual_seed(0)
     net = model_file.GPT(model_file.GPTConfig(8, 16, 1, 2, 16))
-    opt = make_optimizer(kind, net.param_groups(0.1, matrices_apart=kind == 'muon'), 1e-2, 1e-2, (0.9, 0.95), 'cpu')
+    opt = make_optimizer(kind, net.param_groups(0.1, muon=kind == 'muon'), 1e-2, 1e-2, (0.9, 0.95), 'cpu')
     idx = torch.randint(16, (2, 8))
 
     def step(found_inf):
@@ -103,7 +103,7 @@ def test_an_update_marked_as_not_finite_changes_no_weight_and_no_moment(kind):  
 def test_an_evaluation_that_is_not_finite_is_never_best_nor_saved(run, workdir, monkeypatch):  # fault 41
     real = model_file.GPT.forward
 
-    def forward(self, idx, targets=None, cache=None, loss_only=False):
+    def forward(self, idx, targets=None, cache=None, return_logits=False):
         logits, loss = real(self, idx, targets, cache)
         return logits, loss if self.training or next(self.parameters()).grad is None and not seen else loss * np.inf
     seen = []

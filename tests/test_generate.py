@@ -242,7 +242,7 @@ def test_weights_in_bfloat16_generate():
 
 def test_products_in_bfloat16_over_float32_weights_generate():
     model = tiny()
-    model.compute_in(torch.bfloat16)
+    model.set_compute_dtype(torch.bfloat16)
     assert ids_of(model, [1], 2, 12).max() < 13
 
 

@@ -106,7 +106,7 @@ def test_few_rows_by_a_large_matrix_are_dealt_out_and_equal(n_rows, bias, n_out,
 @pytest.mark.parametrize('options', [{}, {'tie_weights': False, 'softcap': 2.0}], ids=str)
 def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(options, dtype, monkeypatch):
     net, idx, targets, sizes = make(**options), tokens(), tokens(seed=2), []
-    net.compute_in(dtype)
+    net.set_compute_dtype(dtype)
     targets[0, 3:] = -1
 
     def found(**how):
@@ -136,7 +136,7 @@ def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(options, dtype, monk
     monkeypatch.setattr(torch.autograd, 'grad', None)  # an evaluation computes none
     for mode in (torch.no_grad, torch.inference_mode):
         with mode():
-            torch.testing.assert_close(net(idx, targets, loss_only=True)[1] * 7, chunked['loss'])
+            torch.testing.assert_close(net(idx, targets)[1] * 7, chunked['loss'])
 
 
 @pytest.mark.parametrize('options', VARIANTS)
@@ -158,7 +158,7 @@ def test_the_last_logits_alone_are_the_last_of_all(options):
 def test_optimizer_groups_partition_the_parameters(options):
     net = make(**options)
     for apart in (False, True):
-        groups = net.param_groups(0.1, matrices_apart=apart)
+        groups = net.param_groups(0.1, muon=apart)
         inside = [id(p) for g in groups for p in g['params']]
         assert len(inside) == len(set(inside)) and set(inside) == {id(p) for p in net.parameters()}
         assert all((p.dim() >= 2) == (g['weight_decay'] > 0) for g in groups for p in g['params'])
@@ -185,14 +185,14 @@ def test_batches_do_not_mix(options):
 def test_the_124m_configuration_has_gpt2s_count():
     with torch.device('meta'):
         net = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True, **GPT2_SIZES['gpt2']), init=False)
-    assert net.num_params(without_positions=False) == 124_439_808
+    assert net.get_num_params(non_embedding=False) == 124_439_808
 
 
 @pytest.mark.parametrize('name, millions', [('gpt2-medium', 354.8), ('gpt2-large', 774.0), ('gpt2-xl', 1557.6)])
 def test_the_larger_sizes_have_gpt2s_counts(name, millions):
     with torch.device('meta'):
         net = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True, **GPT2_SIZES[name]), init=False)
-    assert round(net.num_params(without_positions=False) / 1e6, 1) == millions
+    assert round(net.get_num_params(non_embedding=False) / 1e6, 1) == millions
 
 
 def test_initial_weights_have_gpt2s_spread():
@@ -262,6 +262,6 @@ def test_attention_with_dropout_is_attention_on_average():
 def test_flops_per_token_follow_the_formula():
     net = make(bias=False)
     n = 20 * 16 + 2 * (3 * 16 * 16 + 16 * 16 + 8 * 16 * 16 + 2 * 16) + 16
-    assert net.num_params() == n and net.flops_per_token() == 6 * n + 12 * 2 * 16 * 12
+    assert net.get_num_params() == n and net.flops_per_token() == 6 * n + 12 * 2 * 16 * 12
     assert net.flops_per_token(4) == 6 * n + 12 * 2 * 16 * 4
     assert net.mfu(100.0, net.flops_per_token() * 200.0) == 0.5

@@ -27,7 +27,7 @@ def train(net, opt, steps, seed=3):
 
 
 def ours(net, kind='adamw', lr=1e-2, decay=0.1):
-    return make_optimizer(kind, net.param_groups(decay, matrices_apart=kind == 'muon'), lr, 2e-2, (0.9, 0.95), 'cpu')
+    return make_optimizer(kind, net.param_groups(decay, muon=kind == 'muon'), lr, 2e-2, (0.9, 0.95), 'cpu')
 
 
 def test_no_update_waits_for_the_import_of_torchs_compiler():
@@ -71,7 +71,7 @@ def test_orthogonalizing_keeps_directions_and_evens_out_their_sizes(shape):
 
 def test_without_momentum_muon_takes_the_newest_gradient_alone():
     net = tiny()
-    groups = net.param_groups(0.0, matrices_apart=True)
+    groups = net.param_groups(0.0, muon=True)
     opt = make_optimizer('muon', groups, 2e-2, 2e-2, (0.9, 0.95), 'cpu', muon_momentum=0.0)
     train(net, opt, 3)
     matrix = net.transformer.h[0].mlp.c_proj.weight  # (16, 64)
@@ -84,7 +84,7 @@ def test_without_momentum_muon_takes_the_newest_gradient_alone():
 
 def test_muon_orthogonalizes_queries_keys_and_values_of_each_layer_apart():
     net = tiny()
-    opt = make_optimizer('muon', net.param_groups(0.0, matrices_apart=True), 2e-2, 2e-2, (0.9, 0.95), 'cpu', 0.0)
+    opt = make_optimizer('muon', net.param_groups(0.0, muon=True), 2e-2, 2e-2, (0.9, 0.95), 'cpu', 0.0)
     before = copy.deepcopy(net)
     idx = torch.arange(16).view(2, 8)
     net(idx, idx.flip(1))[1].backward()

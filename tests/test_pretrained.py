@@ -53,22 +53,22 @@ def difference(model, hf):
                                      dict(n_head=1, n_embd=24), dict(activation_function='gelu')])
 def test_logits_equal_those_of_transformers(tmp_path, changes):
     hf = make_hf(tmp_path, **changes)
-    assert difference(GPT.from_pretrained(tmp_path), hf) < 1e-4
+    assert difference(gpt2.find(tmp_path).load(), hf) < 1e-4
 
 
 def test_greedy_continuations_are_those_of_transformers(hf):
     folder, theirs = hf
     prompt = [5, 17, 3]
     expected = theirs.generate(torch.tensor([prompt]), do_sample=False, max_new_tokens=9, pad_token_id=0)[0, 3:]
-    ours = generate(GPT.from_pretrained(folder).eval(), prompt, 1, 9, temperature=0)
+    ours = generate(gpt2.find(folder).load().eval(), prompt, 1, 9, temperature=0)
     assert [int(ids) for ids in ours] == expected.tolist()
 
 
 def test_a_model_in_several_files_is_read(tmp_path):
     hf = make_hf(tmp_path)
     hf.save_pretrained(tmp_path / 'parts', max_shard_size='5KB')
-    assert len(gpt2_files(tmp_path / 'parts')) > 1
-    assert difference(GPT.from_pretrained(tmp_path / 'parts'), hf) < 1e-4
+    assert len(gpt2.find(tmp_path / 'parts').files()) > 1
+    assert difference(gpt2.find(tmp_path / 'parts').load(), hf) < 1e-4
 
 
 def test_names_without_prefix_half_precision_masks_and_a_saved_head_are_read(hf, copy):
@@ -79,27 +79,27 @@ def test_names_without_prefix_half_precision_masks_and_a_saved_head_are_read(hf,
     tensors['h.0.attn.bias'], tensors['h.1.attn.masked_bias'] = torch.ones(1, 1, 12, 12), torch.tensor(-1e4)
     tensors['lm_head.weight'] = tensors['wte.weight'].clone()
     safetensors_torch.save_file(tensors, path)
-    model, whole = GPT.from_pretrained(copy), GPT.from_pretrained(hf[0])
+    model, whole = gpt2.find(copy).load(), gpt2.find(hf[0]).load()
     for (name, p), q in zip(model.named_parameters(), whole.parameters()):
         assert p.dtype == torch.float32 and torch.equal(p, q.half().float()), name
 
 
 def test_a_cropped_context_computes_the_same_on_short_texts(hf):
     idx = torch.tensor([[1, 2, 3, 4, 5]])
-    whole, cropped = GPT.from_pretrained(hf[0]).eval(), GPT.from_pretrained(hf[0], block_size=5).eval()
+    whole, cropped = gpt2.find(hf[0]).load().eval(), gpt2.find(hf[0]).load(block_size=5).eval()
     assert cropped.config.block_size == len(cropped.transformer.wpe.weight) == 5
     assert torch.equal(whole(idx)[0], cropped(idx)[0])
 
 
 def test_dropout_is_as_asked_whatever_the_file_says(hf):
-    assert GPT.from_pretrained(hf[0]).config.dropout == 0.0
-    model = GPT.from_pretrained(hf[0], dropout=0.3)
+    assert gpt2.find(hf[0]).load().config.dropout == 0.0
+    model = gpt2.find(hf[0]).load(dropout=0.3)
     assert model.config.dropout == model.transformer.drop.p == model.transformer.h[0].attn.dropout == 0.3
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
 def test_weights_may_be_converted_as_they_are_read(hf, dtype):
-    model, exact = GPT.from_pretrained(hf[0], dtype=dtype), GPT.from_pretrained(hf[0])
+    model, exact = gpt2.find(hf[0]).load(dtype=dtype), gpt2.find(hf[0]).load()
     assert all(torch.equal(p, q.to(dtype)) for p, q in zip(model.parameters(), exact.parameters()))
     assert torch.get_default_dtype() == torch.float32
 
@@ -113,7 +113,7 @@ def test_half_precision_weights_with_a_large_sum_are_finite():
 
 
 def test_the_model_outlives_its_files(copy):
-    model = GPT.from_pretrained(copy)
+    model = gpt2.find(copy).load()
     before = [p.clone() for p in model.parameters()]
     path = copy / 'model.safetensors'
     with open(path, 'r+b') as file:  # the same file, so that a mapping would show it
@@ -158,7 +158,7 @@ print((max(seen) - seen[0]) / sum(p.numel() * 4 for p in model.parameters()))
 
 def refusal(folder):
     with pytest.raises(ValueError) as caught:
-        GPT.from_pretrained(folder)
+        gpt2.find(folder).load()
     return str(caught.value)
 
 
@@ -228,7 +228,7 @@ def test_a_cached_model_is_taken_without_asking_the_hub(hf, tmp_path, monkeypatc
     shutil.copy(hf[0] / 'model.safetensors', snapshot)
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(huggingface_hub, 'hf_hub_download', None)
-    assert gpt2_files('gpt2') == [str(snapshot / 'model.safetensors')]
+    assert gpt2.find('gpt2').files() == [str(snapshot / 'model.safetensors')]
 
 
 def test_a_partial_download_is_not_used(tmp_path, monkeypatch):
@@ -238,7 +238,7 @@ def test_a_partial_download_is_not_used(tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     with pytest.raises(ValueError, match='cannot fetch gpt2'):
-        gpt2_files('gpt2')
+        gpt2.find('gpt2').files()
 
 
 # in the scripts
@@ -311,7 +311,7 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(hf):
     idx = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
     found = []
     for on in (False, True):
-        model = GPT.from_pretrained(hf[0], dropout=0.2).train()
+        model = gpt2.find(hf[0]).load(dropout=0.2).train()
         model.checkpoint_activations = on
         torch.manual_seed(0)
         loss = model(idx, idx)[1]

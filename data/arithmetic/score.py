@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, configure
 from lib.machine import runtime
 from lib.text import dataset
-from lib.weights import load_model
+from lib.weights.load_model import load_model
 from model import KVCache
 
 out_dir = 'out-arithmetic'  # folder of the training run, relative to the working directory
@@ -56,7 +56,7 @@ def answers(model, tok, prompts, device):
 def main(argv=None):
     settings = configure(globals(), argv, early={'device': runtime.pick_device},
                          check=lambda s: list(filter(None, [runtime.device_problem(s['device'])])))
-    model, tok, _ = load_model.open_model('resume', out_dir)
+    model, tok, _ = load_model('resume', out_dir)
     model = model.to(settings['device'])
     by_length = {}
     for prompt in held_out(tok):

@@ -20,32 +20,33 @@ class AdamW(torch.optim.AdamW):
 
 
 class MuonAdamW(AdamW):
-    """AdamW whose groups marked `matrices` are updated by Muon instead (Jordan et al. 2024, kellerjordan.github.io).
+    """AdamW whose groups with use_muon=True are updated by Muon instead (Jordan et al. 2024, kellerjordan.github.io).
 
     Muon replaces the momentum of a matrix's gradient by the nearest semi-orthogonal matrix, so that every direction
     moves alike. Nesterov momentum; decoupled weight decay; the step is scaled by sqrt(max(1, rows / columns)).
-    A parameter three times as tall as wide is c_attn's: queries, keys and values, a matrix each.
+    A group's `splits` says how many matrices are stacked in each of its parameters.
     """
 
     @torch.no_grad()
     def step(self, closure=None):
         every = self.param_groups
         try:
-            self.param_groups = [group for group in every if not group['matrices']]
+            self.param_groups = [group for group in every if not group['use_muon']]
             super().step(closure)
         finally:
             self.param_groups = every
         found_inf = getattr(self, 'found_inf', None)
         for group in every:
-            if group['matrices']:
+            if group['use_muon']:
                 self._muon(group, found_inf)
 
     def _muon(self, group, found_inf):
         by_shape = {}
-        for p in group['params']:
+        for p, split in zip(group['params'], group['splits']):
             if p.grad is not None:
-                by_shape.setdefault(p.shape, []).append(p)
-        for (rows, columns), params in by_shape.items():
+                by_shape.setdefault((p.shape, split), []).append(p)
+        for ((rows, columns), split), params in by_shape.items():
+            rows //= split
             for p in params:
                 if not self.state[p]:  # AdamW's loader wants a `step` in every state
                     self.state[p].update(step=torch.zeros(()), momentum=torch.zeros_like(p))
@@ -57,8 +58,6 @@ class MuonAdamW(AdamW):
                 grads = [torch.where(found_inf.bool(), m, g) for m, g in zip(momenta, grads)]
             torch._foreach_lerp_(momenta, grads, 1 - group['momentum'])
             looked_ahead = torch._foreach_lerp(grads, momenta, group['momentum'])
-            if rows == 3 * columns:
-                rows = columns
             updates = orthogonalize(torch.cat(looked_ahead).view(-1, rows, columns))
             rate = group['lr'] * (1.0 if found_inf is None else 1 - found_inf)
             scale = rate * max(1, rows / columns) ** 0.5
@@ -96,7 +95,7 @@ def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type, muo
     The fused update is taken where torch has one: one pass over the weights, and it can skip itself on the device.
     """
     for group in groups:
-        group['peak'] = muon_lr if kind == 'muon' and group['matrices'] else learning_rate
+        group['peak'] = muon_lr if kind == 'muon' and group['use_muon'] else learning_rate
         group['momentum'] = muon_momentum
     cls = MuonAdamW if kind == 'muon' else AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))

@@ -4,11 +4,11 @@ import os
 
 import torch
 
-from configurator import UserError, find_path
+from configurator import UserError
 from lib.machine import runtime
 from lib.text import dataset, tokenizer
-from lib.weights import checkpoint, load_model, lora
-from model import CHOICES, GPT2_SIZES, GPTConfig
+from lib.weights import checkpoint, gpt2, lora
+from model import CHOICES, GPTConfig
 
 SETTING_CHOICES = {
     **CHOICES,
@@ -72,9 +72,9 @@ def values(s):
     if not 0 <= s['context_warmup'] <= 1:
         found.append(f'context_warmup must be at least 0 and at most 1, got {s["context_warmup"]}')
     config = GPTConfig(vocab_size=1, dropout=s['dropout'], **{name: s[name] for name in ARCHITECTURE})
-    found += [problem for problem in config.problems() if problem.split()[0] not in CHOICES]
+    found += [problem for problem in config.validate() if problem.split()[0] not in CHOICES]
     if s['init_from'] not in ('scratch', 'resume', 'auto') and not _is_pretrained(s):
-        found.append(f'init_from={s["init_from"]!r}: expected scratch, resume, auto, {", ".join(GPT2_SIZES)}, or a '
+        found.append(f'init_from={s["init_from"]!r}: expected scratch, resume, auto, {", ".join(gpt2.SIZES)}, or a '
                      'folder with config.json and model.safetensors')
     problem = runtime.device_problem(s['device'])
     found += [problem] if problem else [why for wrong, why in CONFLICTS if wrong(s)]
@@ -114,7 +114,7 @@ def adopt(s, state, path):
 def _adopt_pretrained(s):
     """Take over the architecture of the GPT-2 that init_from names; a smaller block_size that was given crops it."""
     try:
-        config = load_model.pretrained_config(s['init_from'])
+        config = gpt2.find(s['init_from']).config()
     except UserError as error:
         return [error.message]
     if s.given('block_size') and s['block_size'] > config.block_size:
@@ -192,13 +192,14 @@ def _check(s, opened):
 
 
 def _is_pretrained(s):
-    return s['init_from'] in GPT2_SIZES or find_path(s['init_from']).is_dir()
+    return gpt2.find(s['init_from']) is not None
 
 
 def foreign_weights(name, data):
     """Return why GPT-2 `name` cannot read dataset `data`, in a list that is empty when it can."""
     try:
-        spec, size = load_model.pretrained_tokenizer(name), load_model.pretrained_config(name).vocab_size
+        source = gpt2.find(name)
+        spec, size = source.tokenizer_spec(), source.config().vocab_size
     except UserError as error:
         return [error.message]
     if spec != data.tokenizer:

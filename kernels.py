@@ -1,0 +1,176 @@
+"""Faster forms of a few torch.nn.functional expressions on a CPU.
+
+You need not read this file to understand the model: each function computes the plain formula in the first line of
+its docstring, and on other devices, under torch.compile, or with ENABLED = False it calls exactly that formula.
+"""
+import math
+
+import torch
+import torch.nn.functional as F
+
+ENABLED = True  # False: always the plain formula
+CHUNK = 2**24  # logits in memory at a time in linear_cross_entropy: 64 MiB in float32
+
+
+def _fast(x):
+    """True if the fast forms apply to `x`; under torch.compile the plain formulas compile to better code."""
+    return ENABLED and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def linear(x, weight, bias=None):
+    """F.linear(x, weight, bias): x (..., in), weight (out, in), bias (out,) or None; returns (..., out).
+
+    During generation a few rows multiply a large matrix, so memory bandwidth is the limit. MKL reads the matrix with
+    one thread; splitting it into several matrices lets all threads read (2x faster on two cores).
+    """
+    n_rows = x.numel() // x.size(-1)
+    few = 0 < n_rows <= 64 and weight.numel() >= 2**17 and x.dtype == torch.float32
+    if not few or not _fast(x) or torch.is_grad_enabled():
+        return F.linear(x, weight, bias)
+    n_parts = 2 * torch.get_num_threads()
+    remainder = len(weight) % n_parts
+    parts = weight[:len(weight) - remainder].view(n_parts, -1, x.size(-1)).mT  # (parts, in, out / parts)
+    y = torch.bmm(x.reshape(1, n_rows, -1).expand(n_parts, -1, -1), parts)  # (parts, rows, out / parts)
+    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
+    if remainder:
+        y = torch.cat([y, F.linear(x, weight[-remainder:])], -1)
+    return y if bias is None else y + bias
+
+
+def dropout(x, p, training):
+    """F.dropout(x, p, training), with other random numbers and p rounded to a multiple of 1 / 65536.
+
+    One 64-bit random number serves four elements (16 bits each). torch draws one number per element on a CPU, which
+    takes as long as a matrix product.
+    """
+    if p == 0 or not training or not _fast(x):
+        return F.dropout(x, p, training)
+    threshold, n = round(p * 65536), x.numel()
+    bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
+    return x * (bits >= threshold - 32768).to(x.dtype).mul_(65536 / (65536 - threshold))
+
+
+class RMSNormFunction(torch.autograd.Function):
+    """RMS normalisation with half as many passes over memory as F.rms_norm on a CPU."""
+
+    @staticmethod
+    def forward(ctx, x, eps):
+        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        y = x * scale
+        ctx.save_for_backward(y, scale)
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        y, scale = ctx.saved_tensors
+        return torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(scale), None
+
+
+def rms_norm(x):
+    """F.rms_norm(x, x.shape[-1:]): x / sqrt(mean(x^2) + eps) over the last dimension."""
+    eps = torch.finfo(torch.float32).eps  # named, because torch's default differs between devices and versions
+    if _fast(x) and x.dtype == torch.float32 and torch.is_grad_enabled():
+        return RMSNormFunction.apply(x, eps)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
+
+
+class ReLUSquaredFunction(torch.autograd.Function):
+    """relu(x)^2 whose backward takes two passes over memory; autograd's takes five."""
+
+    @staticmethod
+    def forward(ctx, x):
+        r = F.relu(x)
+        ctx.save_for_backward(r)
+        return r * r
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        r, = ctx.saved_tensors
+        return (dy * r).mul_(2)
+
+
+def relu_squared(x):
+    """F.relu(x).square() (So et al. 2021, arXiv:2109.08668)."""
+    return ReLUSquaredFunction.apply(x) if _fast(x) and torch.is_grad_enabled() else F.relu(x).square()
+
+
+def causal_attention(q, k, v, dropout_p=0.0):
+    """softmax(q k^T / sqrt(hs) + mask) v: the last T of S positions attend to themselves and those before them.
+
+    q: (B, nh, T, hs). k, v: (B, nh, S, hs). Returns (B, nh, T, hs). Uses torch's fused kernel, except on a CPU in
+    bfloat16 with T <= 512 (the plain formula is 2.5x faster there) or with dropout (torch has no fused CPU kernel).
+    """
+    shape, T, S = q.shape, q.size(2), k.size(2)
+    if _fast(q) and (q.dtype == torch.bfloat16 or dropout_p) and T == S <= 512:
+        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
+        q, k, v = (t.reshape(-1, T, t.size(-1)) for t in (q, k, v))  # (B nh, T, hs) each
+        weights = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5).softmax(-1)  # (B nh, T, T)
+        return (dropout(weights, dropout_p, True) @ v).view(shape)
+    # is_causal aligns to the top left, so fewer queries than keys (a KV cache) need an explicit mask
+    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S, dropout_p=dropout_p)
+
+
+def softcap(logits, cap):
+    """cap * tanh(logits / cap) in float32; the logits unchanged if cap is 0."""
+    return cap * torch.tanh(logits.float() / cap) if cap else logits
+
+
+def cross_entropy(logits, targets, reduction='mean'):
+    """F.cross_entropy in float32, in nats: logits (n, V), targets (n,) with -1 where no loss is wanted."""
+    return F.cross_entropy(logits.float(), targets, ignore_index=-1, reduction=reduction)
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Summed cross-entropy, computed in chunks so that only one chunk of logits is in memory.
+
+    The gradients are found chunk by chunk in the forward pass, so nothing is computed twice (as Liger Kernel does,
+    arXiv:2410.10989).
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, targets, cap, n_rows):
+        """x: (n, C) in the dtype of the products. weight: (V, C). n_rows: rows per chunk. Returns a scalar."""
+        dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        recorded, total = dx is not None or dw is not None, torch.zeros((), device=x.device)
+        w = weight.to(x.dtype)
+        for start in range(0, len(x), n_rows):
+            part = x[start:start + n_rows]
+            with torch.set_grad_enabled(recorded):
+                logits = F.linear(part.detach(), w.detach()).requires_grad_(recorded)
+                loss = cross_entropy(softcap(logits, cap), targets[start:start + n_rows], 'sum')
+            total += loss.detach()
+            if recorded:
+                d, = torch.autograd.grad(loss, logits)  # (rows, V)
+            if dx is not None:
+                dx[start:start + n_rows] = d @ w
+            if dw is not None and dw.dtype == d.dtype:
+                dw.addmm_(d.mT, part)
+            elif dw is not None:
+                dw += d.mT @ part
+        ctx.grads = dx, dw
+        return total
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, scale):
+        (dx, dw), ctx.grads = ctx.grads, None
+        dx, dw = (grad if grad is None else grad.mul_(scale) for grad in (dx, dw))
+        return dx, dw, None, None, None
+
+
+def linear_cross_entropy(x, weight, targets, cap=0.0):
+    """cross_entropy(softcap(F.linear(x, weight), cap), targets), the mean over targets that are not -1.
+
+    x: (n, C). weight: (V, C), cast to x's dtype. targets: (n,). In chunks where the logits would be many, on any
+    device; not under torch.compile, whose kernels keep fewer copies of the logits, and not in float16, whose
+    gradients have to be scaled from the start.
+    """
+    n_rows = max(1, CHUNK // len(weight))
+    if len(x) <= n_rows or not ENABLED or torch.compiler.is_compiling() or x.dtype == torch.float16:
+        return cross_entropy(softcap(linear(x, weight.to(x.dtype)), cap), targets)
+    weight = weight if torch.is_grad_enabled() else weight.detach()
+    return ChunkedCrossEntropy.apply(x, weight, targets, cap, n_rows) / (targets != -1).sum()

@@ -1,0 +1,184 @@
+"""OpenAI's GPT-2 and models in its Hugging Face layout: config, weights and tokenizer, from the hub or a folder."""
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import UserError, find_path
+from model import GPT, GPTConfig
+
+SIZES = {
+    'gpt2': dict(n_layer=12, n_head=12, n_embd=768),  # 124M
+    'gpt2-medium': dict(n_layer=24, n_head=16, n_embd=1024),  # 350M
+    'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
+    'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
+}
+
+
+@dataclass
+class Source:
+    """Where GPT-2 weights come from. folder: a local folder, or None for a model of the hub."""
+    name: str  # what the user typed as init_from
+    folder: Path | None
+
+    def error(self, message):
+        return UserError(f'init_from={self.name}: {message}')
+
+    def read_json(self, filename):
+        """Return (path, parsed content) of a JSON file in the folder, or (path, None) if it does not exist."""
+        path = self.folder / filename
+        try:
+            return path, json.loads(path.read_text(encoding='utf-8'))
+        except FileNotFoundError:
+            return path, None
+        except (ValueError, OSError, RecursionError) as error:
+            raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from error
+
+    def config(self):
+        """Return the GPTConfig; UserError if there is none, or if this program cannot compute what it asks for."""
+        if not self.folder:
+            return GPTConfig(vocab_size=50257, mlp='gelu_tanh', **SIZES[self.name])
+        path, have = self.read_json('config.json')
+        if have is None:
+            raise self.error(f'{path} not found; the folder must hold config.json and model.safetensors')
+        defaults = {'block_size': 1024, 'vocab_size': 50257, **SIZES['gpt2']}  # those of transformers' GPT2Config
+        try:
+            sizes = {ours: int(have.get({'block_size': 'n_positions'}.get(ours, ours), default))
+                     for ours, default in defaults.items()}
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise self.error(f'{path} is damaged ({error})') from None
+        supported = {
+            'model_type': ('gpt2',), 'layer_norm_epsilon': (1e-5,), 'n_inner': (None, 4 * sizes['n_embd']),
+            'activation_function': ('gelu_new', 'gelu_pytorch_tanh', 'gelu'), 'tie_word_embeddings': (True,),
+            'scale_attn_weights': (True,), 'scale_attn_by_inverse_layer_idx': (False,), 'add_cross_attention': (False,)}
+        for key, values in supported.items():
+            if have.get(key, values[0]) not in values:
+                raise self.error(f'{path}: {key}={have[key]!r}; this program supports only {values[0]!r}')
+        config = GPTConfig(mlp='gelu' if have.get('activation_function') == 'gelu' else 'gelu_tanh', **sizes)
+        if errors := config.validate():
+            raise self.error(f'{path}: {"; ".join(errors)}')
+        return config
+
+    def tokenizer_spec(self):
+        """Return the tokenizer spec: GPT-2's, or the one that export.py left in the folder.
+
+        UserError if the folder has another vocabulary.
+        """
+        if not self.folder:
+            return {'kind': 'gpt2'}
+        _, spec = self.read_json('tokenizer_spec.json')
+        if spec is not None:
+            return spec
+        path, vocabulary = self.read_json('vocab.json')
+        try:
+            if vocabulary is None:
+                path, content = self.read_json('tokenizer.json')
+                vocabulary = content and content['model']['vocab']
+            known = not vocabulary or vocabulary.items() >= {'\u0120the': 262, '\u0120gazed': 50255}.items()
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from error
+        if not known:
+            raise self.error(f"{path} is not GPT-2's vocabulary, the only one that this program reads")
+        return {'kind': 'gpt2'}
+
+    def files(self):
+        """Return the paths of the safetensors files; UserError with the remedy if they cannot be found."""
+        if not self.folder:
+            return [self._download()]
+        path, index = self.read_json('model.safetensors.index.json')
+        names = ['model.safetensors']
+        if index is not None:
+            try:
+                names = sorted(set(index['weight_map'].values()))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from None
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if missing:
+            raise self.error(f'{self.folder / missing[0]} not found; copy it from where config.json came from')
+        return [self.folder / name for name in names]
+
+    def _download(self):
+        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub.utils.logging import set_verbosity_error
+        for repository in (f'openai-community/{self.name}', self.name):  # its present name, and that of older caches
+            found = try_to_load_from_cache(repository, 'model.safetensors')
+            if isinstance(found, str):
+                return found
+        set_verbosity_error()  # each of its six tries prints a line
+        try:
+            return hf_hub_download(f'openai-community/{self.name}', 'model.safetensors')
+        except Exception as error:  # network, hub, proxy and disk have their own kinds of error
+            reason = (str(error).strip().splitlines() or [''])[0]
+            raise self.error(
+                f'cannot download {self.name}, and it is not cached. Where there is a connection, save config.json '
+                f'and model.safetensors of huggingface.co/openai-community/{self.name} to a folder, copy it here and '
+                'use --init_from=FOLDER; or set HF_ENDPOINT to a mirror, or HF_HOME to a cache that has it '
+                f'({type(error).__name__}: {reason[:80]})') from None
+
+    @torch.no_grad()
+    def load(self, dropout=0.0, block_size=0, dtype=torch.float32):
+        """Return the GPT in eval mode on the CPU, with weights of `dtype`.
+
+        block_size: the context to crop it to; 0 = all. The files are mapped and copied one tensor at a time, so that
+        memory holds the model once. UserError names the file or tensor that is missing or wrong.
+        """
+        config = self.config()
+        config.dropout = dropout
+        model = GPT.uninitialized(config, dtype)
+        missing = dict(model.named_parameters())
+        for path in self.files():
+            for name, tensor in self._tensors(path):
+                stem, _, leaf = name.removeprefix('transformer.').rpartition('.')
+                if stem.endswith('.attn') or stem == 'lm_head':
+                    continue  # buffers of the causal mask; the head, which is the embedding
+                target = missing.pop(f'transformer.{stem}.{leaf}', None)
+                if target is None:
+                    raise self.error(f'{path}: unexpected tensor {name}; does config.json belong to this model?')
+                tensor = tensor.to(dtype)  # before the transposition: torch transposes fast if the dtypes agree
+                if stem.startswith('h.') and leaf == 'weight':
+                    tensor = tensor.t()  # Conv1D stores (in, out), Linear (out, in); vectors are unchanged
+                if target.shape != tensor.shape:
+                    raise self.error(f'{path}: {name} gives {tuple(tensor.shape)}, expected {tuple(target.shape)}; '
+                                     'does config.json belong to this model?')
+                target.copy_(tensor)
+        if missing:
+            raise self.error(f'{path} lacks {len(missing)} tensors of the model, e.g. {next(iter(missing))}')
+        if block_size:
+            model.crop_block_size(block_size)
+        return model.eval()
+
+    def _tensors(self, path):
+        """Yield (name, tensor) of a safetensors file; tensors are mapped, not read. UserError if it is cut off."""
+        from safetensors import SafetensorError, safe_open
+        try:
+            with safe_open(path, framework='pt') as file:
+                names = list(file.keys())
+            for name in names:
+                with safe_open(path, framework='pt') as file:  # reopened, so that what was read leaves memory
+                    tensor = file.get_tensor(name)
+                yield name, tensor
+        except (SafetensorError, OSError) as error:
+            raise self.error(f'{path} {_describe_damage(path, error)}; fetch it again') from None
+
+
+def find(init_from):
+    """Return the Source that `init_from` names, one of SIZES or a local folder; None if it is neither."""
+    if init_from in SIZES:
+        return Source(init_from, None)
+    folder = find_path(init_from) if init_from else None
+    return Source(init_from, folder) if folder and folder.is_dir() else None
+
+
+def _describe_damage(path, error):
+    """Return which tensor of an incomplete safetensors file is cut off, if its header can be read."""
+    size = Path(path).stat().st_size
+    try:  # eight bytes give the length of a JSON header, which gives the offsets of each tensor after it
+        with open(path, 'rb') as file:
+            start = 8 + int.from_bytes(file.read(8), 'little')
+            header = json.loads(file.read(min(start - 8, size)))
+        ends = {name: start + entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'}
+        name = next(name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size)
+        return f'is cut off in {name} ({size:,} of {max(ends.values()):,} bytes)'
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration):
+        return f'is not a complete safetensors file ({size:,} bytes; {error})'
