@@ -1,12 +1,12 @@
-"""Settings for scripts: literals at the top of the script, config files, then --key=value flags.
+"""Settings of a script: the literals at its top, then config files, then --key=value flags.
 
-A script states its settings as plain assignments with a comment each:
+A script states its settings as plain assignments, each with a comment:
 
-    batch_size = 12  # sequences in a micro-batch
+    batch_size = 12  # sequences per micro-batch
 
-and calls `configure(globals(), argv)` first thing in main(). The type of the default is the schema.
-Flags beat config files wherever they stand on the line, and a later config file beats an earlier one.
-A config file is Python and is executed, so read a stranger's config before you run it.
+and first calls `configure(globals())` in main(). The type of the default is the schema. Flags override config files
+wherever they are on the command line, and a later config file overrides an earlier one. A config file is Python and
+is executed: read a stranger's config before you run it.
 """
 import difflib
 import inspect
@@ -14,15 +14,16 @@ import os
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 REPO = Path(__file__).resolve().parent
 BOOLS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
 
 
 class UserError(SystemExit):
-    """A user's mistake: uncaught, it ends the program with exit status 1 and this one line on stderr, no traceback.
+    """A user's mistake. Uncaught, it ends the program with exit status 1 and one line on stderr, without a traceback.
 
-    The message names the setting or file, says what was found, and what to do.
+    The message names the setting or file, what was found, and what to do.
     """
 
     def __init__(self, message):
@@ -30,39 +31,63 @@ class UserError(SystemExit):
         self.message = message
 
 
-class Settings(dict):
-    """Name -> value, with the `origins` of the values (a flag, 'FILE:LINE', or 'default') and the `errors` met.
+def reason(error):
+    """Return an exception in one line of at most 200 characters: its type and its message, or a UserError's message."""
+    text = ' '.join(getattr(error, 'message', str(error)).split())
+    text = text if len(text) <= 200 else f'{text[:200].rsplit(" ", 1)[0]} ...'
+    return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
 
-    whole: False where a config file or a word was not understood, so that the values are not what the user meant.
+
+class Origin(NamedTuple):
+    """Where the value of a setting comes from. kind: default, config, flag or checkpoint."""
+    kind: str = 'default'
+    place: str = ''  # '--name', 'FILE:LINE', or the path of a checkpoint
+
+
+class Settings(dict):
+    """{name: value}, with the `origins` of the values and the `errors` found while reading them.
+
+    understood: False if a config file or a word could not be read, so that the values are not what the user meant.
     """
 
     def __init__(self, values):
         super().__init__(values)
-        self.origins = dict.fromkeys(values, 'default')
-        self.errors, self.whole = [], True
+        self.origins = dict.fromkeys(values, Origin())
+        self.errors, self.understood = [], True
+
+    def put(self, name, value, kind, place):
+        self[name], self.origins[name] = value, Origin(kind, str(place))
 
     def given(self, name):
-        """True where a flag or a config file set `name`."""
-        return self.origins[name] != 'default'
+        """Return whether a flag, a config file or a checkpoint set `name`."""
+        return self.origins[name].kind != 'default'
 
     def by_flag(self, name):
-        """True where the command line itself set `name`."""
-        return self.origins[name].startswith('--')
+        """Return whether a flag set `name`, now or in the run that is resumed."""
+        return self.origins[name].kind == 'flag'
+
+    def typed(self, name):
+        """Return whether `name` is a flag on this command line."""
+        return self.origins[name] == ('flag', f'--{name}')
+
+    def kinds(self):
+        """Return {name: kind of origin}, for a checkpoint."""
+        return {name: origin.kind for name, origin in self.origins.items()}
 
 
 class _ConfigScope(dict):
-    """The local scope a config file runs in: it notes the line of each assignment, and flags stay as they are.
+    """The local scope of a config file. It records the line of each assignment and leaves flags unchanged.
 
-    `module` is the file's real namespace (its globals), so that functions and comprehensions see the same names.
+    `module` holds the file's globals, so that functions and comprehensions see the same names.
     """
 
-    def __init__(self, module, fixed):
+    def __init__(self, module, flags):
         super().__init__()
-        self.module, self.fixed, self.lines = module, fixed, {}
+        self.module, self.flags, self.lines = module, flags, {}
 
     def __setitem__(self, name, value):
         self.lines[name] = sys._getframe(1).f_lineno, value
-        if name not in self.fixed:
+        if name not in self.flags:
             self.module[name] = value
 
     def __getitem__(self, name):
@@ -73,18 +98,19 @@ class _ConfigScope(dict):
 
 
 def find_path(path):
-    """Return `path` as found from the working directory, else from the repository, else as it is."""
+    """Return `path` relative to the working directory if it exists there, else to the repository, else unchanged."""
     path = Path(path).expanduser()
     return REPO / path if not path.exists() and (REPO / path).exists() else path
 
 
-def _nearest(name, known, otherwise='; --help lists them all'):
-    near = difflib.get_close_matches(name, known, n=1)
-    return f'; did you mean {near[0]}?' if near else otherwise
+def _did_you_mean(name, known):
+    prefixed = [other for other in known if other.startswith(name)]
+    similar = prefixed or difflib.get_close_matches(name, known, n=1)
+    return f'; did you mean {similar[0]}?' if similar else '; --help lists them all'
 
 
 def _coerce(text, default):
-    """Read a flag's text as the type of `default`; a ValueError says which type was expected."""
+    """Return a flag's text as the type of `default`; a ValueError names the type that was expected."""
     kind = type(default)
     if kind is str:
         return text
@@ -99,21 +125,21 @@ def _coerce(text, default):
 
 
 def _parse(argv, settings, words):
-    """Split the command line into {name: value} and a list of words, noting what cannot be read."""
-    flags, loose, rest = {}, [], list(argv)
+    """Return ({name: value} of the flags, list of other words); what cannot be read goes to settings.errors."""
+    flags, others, rest = {}, [], list(argv)
     while rest:
         word = rest.pop(0)
         if not word.startswith('--'):
             if '=' in word and word.lstrip('-').partition('=')[0].replace('-', '_') in settings:
-                settings.whole = False
+                settings.understood = False
                 settings.errors.append(f'{word}: a setting begins with two hyphens: --{word.lstrip("-")}')
             else:
-                loose.append(word)
+                others.append(word)
             continue
         name, equals, text = word[2:].partition('=')
         name = name.replace('-', '_')
         if name not in settings:
-            settings.errors.append(f'unknown setting --{name}{_nearest(name, settings)}')
+            settings.errors.append(f'unknown setting --{name}{_did_you_mean(name, settings)}')
             if not equals and rest and not rest[0].startswith('--') and not rest[0].endswith('.py'):
                 rest.pop(0)  # most likely its value
             continue
@@ -130,35 +156,35 @@ def _parse(argv, settings, words):
             settings.errors.append(f'--{name}={text}: expected {expected}')
             continue
         flags[name] = f'{flags[name]}\n{value}' if name == words and name in flags else value
-    return flags, loose
+    return flags, others
 
 
-def _run_config(path, settings, fixed):
-    """Execute a config file over the values so far and take over what it assigns."""
+def _run_config(path, settings, flags):
+    """Execute a config file, which sees the values so far, and take over what it assigns."""
     found = find_path(path)
     if not found.is_file():
-        settings.whole = False
+        settings.understood = False
         if found.is_dir() and 'out_dir' in settings:
-            settings.errors.append(f"{path} is a folder, not a config file; a run's is named by --out_dir={path}")
+            settings.errors.append(f'{path} is a folder, not a config file; to name a run, use --out_dir={path}')
             return
         configs = {p.stem: p.relative_to(REPO).as_posix() for p in (REPO / 'config').glob('*.py')}
         near = difflib.get_close_matches(Path(path).stem, configs, n=1, cutoff=0.75)
         settings.errors.append(f'config file {path} not found' + ''.join(f'; did you mean {configs[n]}?' for n in near))
         return
-    scope = _ConfigScope(dict(settings, __file__=str(found), __name__=found.stem), fixed)
+    scope = _ConfigScope(dict(settings, __file__=str(found), __name__=found.stem), flags)
     try:
         exec(compile(found.read_text(encoding='utf-8'), str(found), 'exec'), scope.module, scope)
     except Exception as error:
-        settings.whole = False
+        settings.understood = False
         frames = inspect.getinnerframes(error.__traceback__)
         line = getattr(error, 'lineno', None) or next((f.lineno for f in frames[::-1] if f.filename == str(found)), '?')
         settings.errors.append(f'{path}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}')
         return
     for name, (line, value) in scope.lines.items():
-        if name.startswith('_') or callable(value) or inspect.ismodule(value) or name in fixed:
+        if name.startswith('_') or callable(value) or inspect.ismodule(value) or name in flags:
             continue
         if name not in settings:
-            settings.errors.append(f'{path}:{line}: unknown setting {name}{_nearest(name, settings)}')
+            settings.errors.append(f'{path}:{line}: unknown setting {name}{_did_you_mean(name, settings)}')
             continue
         kind = type(settings[name])
         if kind is float and type(value) is int:
@@ -166,56 +192,61 @@ def _run_config(path, settings, fixed):
         if type(value) is not kind:
             settings.errors.append(f'{path}:{line}: {name} = {value!r}: expected {kind.__name__}')
             continue
-        settings[name], settings.origins[name] = value, f'{path}:{line}'
+        settings.put(name, value, 'config', f'{path}:{line}')
 
 
 def resolve(defaults, argv, early=None, words=''):
-    """Return the Settings that `argv` makes of `defaults`; problems are collected in `.errors`, not raised.
+    """Return the Settings that `argv` makes of `defaults`; errors are collected in `.errors`, not raised.
 
-    defaults: {name: int, float, bool or str}. early: {name: function giving its automatic value}, resolved before
-    config files run so that they may ask for it. words: the setting that takes the words which are not flags, one
-    a line, and whose flag may be repeated; without it such a word is a config file.
+    defaults: {name: int, float, bool or str}. early: {name: function returning its automatic value}, resolved before
+    config files run so that they can ask for it. words: the setting that takes the words that are not flags, one per
+    line, and whose flag may be repeated; without it such a word is a config file.
     """
     settings = Settings(defaults)
-    flags, loose = _parse(argv, settings, words)
-    if words and loose:
-        flags[words] = '\n'.join([flags[words], *loose] if words in flags else loose)
-    settings.update(flags)
-    settings.origins.update({name: f'--{name}' for name in flags})
+    flags, others = _parse(argv, settings, words)
+    if words and others:
+        flags[words] = '\n'.join([flags[words], *others] if words in flags else others)
+    for name, value in flags.items():
+        settings.put(name, value, 'flag', f'--{name}')
     for name, automatic in (early or {}).items():
         if name not in flags:
             settings[name] = automatic()
-    for path in [] if words else loose:
+    for path in [] if words else others:
         _run_config(path, settings, flags)
     return settings
 
 
-def describe(source, names):
+def describe(source, values, doc=''):
     """Return the --help text of a script: its docstring, and each setting with type, default and comment.
 
-    source: the script's text. names: its settings. A comment line of its own in the defaults block is a heading.
+    source: the script's text. values: {setting: default}. doc: a text to show instead of source's docstring. In the
+    block of settings, which ends at the first function, a comment on a line by itself is a heading.
     """
-    doc = re.match(r'\s*"""(.*?)"""', source, re.S)
-    lines, gap = [doc.group(1).strip(), '', 'Settings (--name=value):'] if doc else [], False
+    own = re.match(r'\s*"""(.*?)"""', source, re.S)
+    doc = doc or (own.group(1) if own else '')
+    lines, gap = [doc.strip(), '', 'Settings (--name=value):'] if doc else [], False
     for line in source.splitlines():
+        if line.startswith(('def ', 'class ')):
+            break
         match = re.match(r'(\w+)(?:: \w+)? = (.+?)(?:  # (.*))?$', line)
-        if match and match.group(1) in names:
-            name, default, meaning = match.groups()
-            lines.append(f'  {"--" + name:<30} {type(names[name]).__name__:<5} {default:<22} {meaning or ""}'.rstrip())
+        if match and match.group(1) in values:
+            name, _, meaning = match.groups()
+            kind, default = type(values[name]).__name__, repr(values[name])
+            lines.append(f'  {"--" + name:<30} {kind:<5} {default:<22} {meaning or ""}'.rstrip())
         elif line.startswith('# ') and gap and not line.startswith('# ---'):
             lines.append(f'\n  {line[2:]}')
         gap = match is not None or line.startswith('#') or not line.strip()
     return '\n'.join(lines)
 
 
-def stop(problems):
-    """End the program over a user's mistakes, a line each on stderr, with exit status 2."""
-    print('\n'.join(f'error: {problem}' for problem in problems), file=sys.stderr, flush=True)
+def stop(errors):
+    """End the program with exit status 2, printing a user's mistakes on stderr, one per line."""
+    print('\n'.join(f'error: {error}' for error in errors), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def _interrupted(kind, error, trace):
-    """Tell of Ctrl-C in a word instead of a traceback; Python then ends with the status that shells expect, 130."""
+def _print_exception(kind, error, trace):
+    """Print one word on Ctrl-C instead of a traceback; Python then ends with status 130, which shells expect."""
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     else:
@@ -225,8 +256,8 @@ def _interrupted(kind, error, trace):
 def configure(namespace, argv=None, early=None, check=None, words=''):
     """Override the literals in `namespace` (a script's globals()) from `argv` and return the Settings.
 
-    early, words: see `resolve`. check: a function from Settings to a list of further problems, so that all of a
-    user's mistakes are told at once. Mistakes end the program with exit status 2, --help with 0.
+    early, words: see `resolve`. check: a function from Settings to a list of further errors, so that all mistakes
+    are reported at once. They end the program with exit status 2, --help with 0.
     """
     argv = sys.argv[1:] if argv is None else argv
     defaults = {name: value for name, value in namespace.items()
@@ -236,12 +267,12 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
         raise SystemExit(0)
     for stream in (sys.stdout, sys.stderr):
         asked, _, handler = os.environ.get('PYTHONIOENCODING', '').partition(':')
-        if hasattr(stream, 'reconfigure'):  # LC_ALL=C would choke on Chinese text
+        if hasattr(stream, 'reconfigure'):  # LC_ALL=C could not print Chinese text
             stream.reconfigure(encoding=None if asked else 'utf-8', errors=handler or 'replace')
-    sys.excepthook = _interrupted
+    sys.excepthook = _print_exception
     settings = resolve(defaults, argv, early, words)
-    problems = settings.errors + (check(settings) if check and settings.whole else [])
-    if problems:
-        stop(problems)
+    errors = settings.errors + (check(settings) if check and settings.understood else [])
+    if errors:
+        stop(errors)
     namespace.update(settings)
     return settings

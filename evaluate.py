@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from configurator import UserError, configure, find_path
 from lib import tasks
 from lib.machine import runtime
+from lib.machine.device import DTYPES, device_problem, pick_device
 from lib.text import dataset as datasets
 from lib.text import read_text as read_text_room
 from lib.text.tokenizer import difference
@@ -54,7 +55,7 @@ def check(s):
         'task': (s['task'] in ('', *tasks.URL), f'one of {", ".join(tasks.URL)}'),
         'limit': (s['limit'] >= 0, '0 (all) or more'),
         'batch_size': (s['batch_size'] >= 1, 'at least 1'),
-        'dtype': (s['dtype'] in ('auto', *runtime.DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
+        'dtype': (s['dtype'] in ('auto', *DTYPES), f'one of {", ".join(DTYPES)}'),
     }
     found = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in rules.items() if not fine]
     found += read_text_room.encoding_problems(s['encoding'])
@@ -62,7 +63,7 @@ def check(s):
               if s[name] and not find_path(s[name]).is_file()]
     if sum(bool(s[name]) for name in ('dataset', 'text', 'task')) > 1:
         found.append('dataset, text and task exclude each other; give one')
-    problem = runtime.device_problem(s['device'])
+    problem = device_problem(s['device'])
     return found + [problem] * bool(problem)
 
 
@@ -87,7 +88,7 @@ def split_nats(model, rt, tokens, block_size, stride):
         starts, lengths, fresh = map(np.array, zip(*batch))
         idx, targets = tokens.batch(starts, int(lengths[0]))  # (B, T) each
         targets = targets.masked_fill(torch.arange(lengths[0]) < torch.tensor(lengths - fresh)[:, None], -1)
-        return float(model(*rt.put(idx, targets))[1]) * int(fresh.sum())
+        return float(model(*rt.to_device(idx, targets))[1]) * int(fresh.sum())
 
     count = 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
     for window in log.watched(windows(len(tokens), block_size, stride), count, 'windows'):
@@ -113,7 +114,7 @@ def continuation_nats(model, rt, rows):
         for row, (ids, n) in enumerate(zip(whole, fresh)):  # padded at the end, where a causal model sees nothing
             idx[row, :len(ids) - 1] = torch.tensor(ids[:-1])
             targets[row, len(ids) - 1 - n:len(ids) - 1] = torch.tensor(ids[-n:])
-        idx, targets = rt.put(idx, targets)
+        idx, targets = rt.to_device(idx, targets)
         counted = targets >= 0
         logits = model(idx, targets)[0][counted].float()  # (counted targets of all rows, V)
         losses = F.cross_entropy(logits, targets[counted], reduction='none').split(fresh)
@@ -163,13 +164,13 @@ def run_text(model, tok, rt, state):
 
 
 def main(argv=None):
-    settings = configure(globals(), argv, early={'device': runtime.pick_device}, check=check)
+    settings = configure(globals(), argv, early={'device': pick_device}, check=check)
     settings.setdefault('seed', 0)  # nothing is drawn here
     rt = runtime.start(settings)
     model, tok, state = load_model(init_from, out_dir)
     model.to(rt.device).set_compute_dtype(rt.dtype)  # weights stay float32, as in training
     net = torch.compile(model) if compile else model
-    print(f'device: {rt.why}')
+    print(f'device: {rt.description}')
     print(run_task(net, tok, rt) if task else run_text(net, tok, rt, state))
 
 

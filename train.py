@@ -5,24 +5,26 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --help                                              every setting
 
-Any setting below is overridden by Python config files and by --key=value, which wins. Ctrl-C saves and says how to
-go on. The model is in model.py; with this file open beside it you see all of one training step.
+Python config files and --key=value flags override the settings below; flags win. Ctrl-C saves and prints how to
+resume. The model is in model.py; with these two files open you see one complete training step.
 """
 import math
 import sys
 import textwrap
 import time
+from dataclasses import dataclass, field, fields
 
 import torch
 
-from configurator import UserError, configure
-from lib.generate import complete
-from lib.machine import runtime
+from configurator import UserError
+from lib.generate import generate_text
+from lib.machine import device as devices
+from lib.machine import distributed, runtime
 from lib.text import tokenizer
-from lib.text.dataset import eval_starts, eval_windows, train_starts
-from lib.training import log as report
-from lib.training import preflight
-from lib.training.optim import make_optimizer, restore, z_score
+from lib.text.dataset import eval_starts, split_batches, train_starts
+from lib.training import curves, log, preflight
+from lib.training.guard import Guard
+from lib.training.optim import load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
 from lib.weights import checkpoint, gpt2, load_model, lora
 from model import GPT, GPTConfig
@@ -31,432 +33,406 @@ from model import GPT, GPTConfig
 out_dir = 'out'  # folder for checkpoints and log.jsonl, relative to the working directory
 eval_interval = 2000  # updates between evaluations, each of which saves
 log_interval = 1  # updates between printed lines
-eval_iters = 200  # batches an evaluation reads from each split
+eval_iters = 200  # batches per split in an evaluation
 eval_only = False  # evaluate the whole validation split, print, write nothing, end
 always_save_checkpoint = False  # ckpt.pt holds the newest model instead of the best
 init_from = 'scratch'  # scratch | resume | auto (resume if there is a checkpoint) | gpt2* | a folder with GPT-2 weights
-patience = 0  # stop after so many evaluations without a better validation loss; 0 off
-sample_interval = 0  # evaluations between short samples in the log; 0 off
+patience = 0  # stop after this many evaluations without a better validation loss; 0 = off
+sample_interval = 0  # evaluations between short samples in the log; 0 = off
 
 # tracking
-wandb_log = False  # send the log to wandb
+wandb_log = False  # also send the log to wandb
 wandb_project = 'owt'  # wandb project
 wandb_run_name = 'gpt2'  # wandb run name
-tensorboard_log = False  # write TensorBoard event files into out_dir/tensorboard
+tensorboard_log = False  # also write TensorBoard event files into out_dir/tensorboard
 
 # data
 dataset = 'openwebtext'  # folder under data/
-data_order = 'epochs'  # epochs (every window once an epoch) | random (crops anywhere, as nanoGPT draws them)
-gradient_accumulation_steps = 5 * 8  # micro-batches an update, over all ranks together
-batch_size = 12  # sequences in a micro-batch
-block_size = 1024  # context, tokens
-context_warmup = 0.0  # share of a run with short contexts, block_size / 4, then / 2. --max_iters switches it off
-total_batch_tokens = 0  # tokens an update: derives gradient_accumulation_steps; 0 off
+gradient_accumulation_steps = 5 * 8  # micro-batches per update, over all ranks together
+batch_size = 12  # sequences per micro-batch
+block_size = 1024  # context length in tokens
+context_warmup = 0.0  # fraction of the run with short contexts: block_size/4, then /2. Off with an explicit --max_iters
+total_batch_tokens = 0  # tokens per update; sets gradient_accumulation_steps. 0 = off
 
 # model
 n_layer = 12  # blocks
 n_head = 12  # attention heads
 n_embd = 768  # width
-dropout = 0.0  # 0 for pretraining, 0.1 or more where data is short
+dropout = 0.0  # 0 for pretraining, 0.1 or more for small datasets
 bias = False  # biases in Linear and LayerNorm, as in GPT-2
 pos = 'learned'  # learned | rope
-norm = 'layernorm'  # layernorm | rmsnorm
+norm = 'layernorm'  # layernorm | rmsnorm (also initialises output projections and an untied head to zero)
 mlp = 'gelu'  # gelu | gelu_tanh (OpenAI's GPT-2) | relu2 | swiglu
 qk_norm = False  # normalise queries and keys
-tie_weights = True  # share the embedding with the output head
-softcap = 0.0  # keep logits within +-softcap; 0 off
-smear = False  # add a share of the token before to each token's embedding
-lora_rank = 0  # fine-tune with low-rank adapters of this rank and the weights frozen; 0 off
+tie_weights = True  # the embedding matrix is also the output head
+softcap = 0.0  # keep logits within +-softcap; 0 = off
+smear = False  # add a learned fraction of the previous token's embedding
+lora_rank = 0  # fine-tune low-rank adapters of this rank and freeze the weights; 0 = off
 checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more time
 
 # optimizer
-optimizer = 'adamw'  # adamw | muon (for the blocks' matrices; AdamW for the rest)
-learning_rate = 6e-4  # AdamW's peak
-muon_lr = 0.02  # Muon's peak
-muon_momentum = 0.95  # Muon's; 0.9 learns more in runs of some hundred updates
+optimizer = 'adamw'  # adamw | muon (for the matrices of the blocks, AdamW for the rest)
+learning_rate = 6e-4  # peak, AdamW
+muon_lr = 0.02  # peak, Muon
+muon_momentum = 0.95  # 0.9 learns more in runs of a few hundred updates
 max_iters = 600000  # updates
-max_minutes = 0.0  # train by the clock, from process start; 0 off. --max_iters switches it off
+max_minutes = 0.0  # train for this long, counted from the start of the process; 0 = off. Off with an explicit --max_iters
 weight_decay = 1e-1  # on 2-D parameters
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
-grad_clip = 1.0  # largest gradient norm; 0 off
-spike_skip = 0.0  # skip an update whose gradient norm is so many standard deviations above the last 128; 0 off
+grad_clip = 1.0  # largest gradient norm; 0 = off
 
 # schedule
-decay_lr = True  # False keeps learning_rate
-lr_schedule = 'cosine'  # cosine | wsd (constant, then a linear cool-down)
+decay_lr = True  # False keeps the learning rate constant
+lr_schedule = 'cosine'  # cosine | wsd (constant, then a linear decay)
 warmup_iters = 2000  # updates of linear warm-up
-lr_decay_iters = 600000  # cosine's length in updates; follows max_iters unless given
+lr_decay_iters = 600000  # length of the schedule in updates; follows max_iters unless given
 min_lr = 6e-5  # where the schedule ends; a tenth of learning_rate unless given
-cooldown_frac = 0.5  # wsd: share of the run behind the warm-up that cools down
+cooldown_frac = 0.5  # wsd: fraction of the run, after warm-up, spent decaying
 
 # machine
-device = 'auto'  # cpu | cuda | cuda:1 | mps; the best there is unless given
+device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
 dtype = 'auto'  # float32 | bfloat16 | float16; what the device does fast and safely unless given
 compile = True  # torch.compile; where it pays unless given
 backend = 'nccl'  # torch.distributed backend; nccl on CUDA and gloo on CPU unless given
 parallel = 'ddp'  # ddp | fsdp (shards a model that does not fit one GPU)
-dist_timeout = 600.0  # seconds without progress after which a job of several processes ends
-peak_tflops = 0.0  # the device's peak for MFU; 0 looks it up or measures it
-seed = 1337  # of weights, data order and dropout
+dist_timeout = 600.0  # seconds without progress after which a run on several ranks ends
+peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured
+seed = 1337  # for weights, data order and dropout
 
 
-def lr_factor(iter_num, done, floor):
-    """Return the learning rate at update `iter_num` as a share of its peak; one factor serves AdamW and Muon.
+@dataclass
+class Progress:
+    """Where training stands. A checkpoint holds all of it, so that a resumed run continues exactly."""
+    iter_num: int = 0  # updates done
+    tokens_seen: int = 0
+    minutes: float = 0.0  # of running, added up over resumes
+    best_val_loss: float = math.inf
+    history: list = field(default_factory=list)  # [step, train loss, val loss] of each evaluation
+    wandb_id: str = ''
 
-    done: share of the decay that is past, 0 to 1. floor: the share it ends at.
+
+def run_fraction(iter_num, minutes, by_clock):
+    """Return how much of the run is over, 0 to 1: by the clock, or by updates."""
+    if by_clock:
+        return minutes / max_minutes
+    return iter_num / max_iters if max_iters else 1.0
+
+
+def get_lr_scale(iter_num, fraction, by_clock):
+    """Return the learning rate as a fraction of its peak; one schedule serves AdamW and Muon.
+
+    fraction: see run_fraction. By updates, the decay lasts from warmup_iters to lr_decay_iters.
     """
     if not decay_lr:
         return 1.0
+    decayed = fraction if by_clock else (iter_num - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
+    decayed = min(1.0, max(0.0, decayed))
+    floor = min_lr / learning_rate if learning_rate else 0.0
     warmup = (iter_num + 1) / (warmup_iters + 1)
     if lr_schedule == 'wsd':
-        return min(warmup, floor + (1 - floor) * min(1.0, (1 - done) / cooldown_frac))
+        return min(warmup, floor + (1 - floor) * min(1.0, (1 - decayed) / cooldown_frac))
     if iter_num < warmup_iters:
         return warmup
-    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * done))
+    return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
-def next_windows(done, tokens_seen, n_rows, share):
-    """Return (first, column, context): this update reads windows number `first` to first + n_rows, tokens column to
-    column + context of each.
+def next_windows(fraction, tokens_seen, sequences):
+    """Return (first, offset, context): this update reads `context` tokens from `offset` on in each of its windows.
 
-    A model first learns what is near, for which a short context does; the smaller updates are more for the same tokens
-    (Li et al. 2021, 2108.06084). Windows that were begun are read to their ends, so an epoch still reads all of the
-    text once. done: share of the run that is past, 0 to 1. share: that with short contexts.
+    Its windows are numbers first to first + sequences. context_warmup: early on a model learns local patterns, so
+    short contexts are enough and give more updates per token (Li et al. 2021, arXiv:2108.06084). A window that was
+    begun is read to its end, so an epoch still reads all of the text once.
     """
-    context = block_size // (4 if done < share / 2 else 2 if done < share else 1)
-    shortest = block_size // 4 if share else block_size
-    column = tokens_seen // n_rows % block_size // shortest * shortest
-    while column % context:
+    if fraction < context_warmup / 2:
+        context = block_size // 4
+    elif fraction < context_warmup:
+        context = block_size // 2
+    else:
+        context = block_size
+    shortest = block_size // 4 if context_warmup else block_size
+    position = tokens_seen // sequences % block_size  # in the present windows
+    offset = position // shortest * shortest
+    while offset % context:
         context //= 2
-    return (tokens_seen - column * n_rows) // block_size, column, context
-
-
-def best_step(history):
-    """Return the step of the evaluation with the lowest validation loss; history: [step, train loss, val loss] each."""
-    return min(history, key=lambda h: h[2])[0] if history else 0
-
-
-def evaluations_since_best(history):
-    """Return how many evaluations came after the best one."""
-    return sum(h[0] > best_step(history) for h in history)
-
-
-def overfitting(history, rises=3):
-    """True once validation loss has risen `rises` times in a row while training loss fell; said once a spell."""
-    def worse(i):
-        return history[i][2] > history[i - 1][2] and history[i][1] < history[i - 1][1]
-    last = len(history) - 1
-    spell = last >= rises and all(worse(i) for i in range(last, last - rises, -1))
-    return spell and not (last > rises and worse(last - rises))
+    return (tokens_seen - offset * sequences) // block_size, offset, context
 
 
 @torch.no_grad()
-def mean_loss(fast, model, rt, batches):
-    """Return the mean cross-entropy in nats over the targets of `batches`, which the ranks have shared out.
+def estimate_loss(compiled_model, raw_model, rt, batches):
+    """Return the mean cross-entropy in nats over the targets of `batches`, which the ranks share.
 
-    fast: the compiled model, for batches of the shape it was compiled for. model: the same, for the odd one out.
+    compiled_model handles full batches; a shorter one goes through raw_model, so that nothing is recompiled.
     """
-    model.eval()
+    raw_model.eval()
     nats, count = torch.zeros((), device=rt.device), 0
-    for batch in rt.in_step(batches):
-        if batch is None:  # the other ranks' pass needs this one's share of the weights
-            model(torch.zeros(1, 1, dtype=torch.int64, device=rt.device))
+    for batch in rt.pad_to_longest_rank(batches):
+        if batch is None:  # under FSDP every rank must run the forward pass, even without data
+            raw_model(torch.zeros(1, 1, dtype=torch.int64, device=rt.device))
             continue
         idx, targets = batch
-        usual = idx.shape == (batch_size, block_size)
-        loss = (fast if usual else model)(*rt.put(idx, targets))[1]
+        model = compiled_model if idx.shape == (batch_size, block_size) else raw_model
+        _, loss = model(*rt.to_device(idx, targets))
         nats, count = nats + loss * targets.numel(), count + targets.numel()
-    model.train()
-    nats, count = rt.total(float(nats), count)
+    raw_model.train()
+    nats, count = rt.all_reduce_sum(float(nats), count)
     return nats / count
 
 
-def bits_per_byte(loss, split, n_targets):
-    """Return `loss` (nats a token over n_targets tokens) in bits per byte of the split's text; None if unknown."""
-    return loss * n_targets / (math.log(2) * split.n_bytes) if split.n_bytes else None
+def final_losses(compiled_model, raw_model, rt, data):
+    """Return ([train, val] loss, val bits per byte) of the whole validation split and of 2**16 training tokens.
+
+    Reading millions of training tokens would take longer than a short run.
+    """
+    losses = []
+    for split, max_targets in ((data.train, 2**16), (data.val, None)):
+        batches = split_batches(split, block_size, batch_size, rt.rank, rt.world_size, max_targets)
+        n_batches = min(len(split), max_targets or len(split)) // (block_size * batch_size * rt.world_size)
+        batches = log.progress(batches, n_batches, 'last evaluation', show=rt.is_master)
+        losses.append(estimate_loss(compiled_model, raw_model, rt, batches))
+    return losses, data.val.bits_per_byte(losses[1], len(data.val) - 1)
 
 
-def whole_losses(fast, model, rt, data):
-    """Return ([train, val] loss, val bits per byte): of the whole validation split, and of 2**16 training tokens."""
-    losses = [mean_loss(fast, model, rt, eval_windows(split, block_size, batch_size, rt.rank, rt.world_size, most))
-              for split, most in ((data.train, 2**16), (data.val, None))]  # millions take longer than some trainings
-    return losses, bits_per_byte(losses[1], data.val, len(data.val) - 1)
+def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
+    """Estimate both losses and add them to p.history; return the step line and the record for the log.
+
+    The last evaluation also reads the whole validation split, which other programs' numbers are compared with.
+    """
+    losses = []
+    for split in (data.train, data.val):
+        starts = eval_starts(len(split), block_size, eval_iters, batch_size)[rt.rank::rt.world_size]
+        batches = (split.batch(row, block_size) for row in starts)
+        losses.append(estimate_loss(compiled_model, raw_model, rt, batches))
+    guard.check_losses(losses, p.iter_num)
+    p.history.append([p.iter_num, *losses])
+    bpb = data.val.bits_per_byte(losses[1], len(data.val))
+    record = {'step': p.iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
+              'train_bpb': data.train.bits_per_byte(losses[0], len(data.train)),
+              'tokens': p.tokens_seen, 'minutes': p.minutes}
+    if last:
+        say('the last evaluation reads the whole validation split')
+        losses, bpb = final_losses(compiled_model, raw_model, rt, data)
+        record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
+    return log.step_line(p.iter_num, *losses, bpb), record
 
 
-def short_sample(model, tok):
-    """Return 200 tokens from the beginning of a text; their generator is their own, so training does not notice."""
+def sample_text(model, tok):
+    """Return 200 generated tokens as text. Uses its own random generator, so training is unaffected."""
     model.eval()
     try:
-        pieces = complete(model, tok, tok.start_ids, 1, 200, seed=seed, temperature=0.8, top_k=200)
+        pieces = generate_text(model, tok, tok.start_ids, 1, 200, seed=seed, temperature=0.8, top_k=200)
         return ''.join(text for _, text, _ in pieces)
     except UserError as error:
-        report.warn(f'no sample: {error.message}')
+        log.warn(f'no sample: {error.message}')
+        return ''
     finally:
         model.train()
 
 
+def build_model(settings, data, resumed):
+    """Return the model: from a checkpoint, from GPT-2's weights, or initialised from scratch."""
+    if resumed:
+        path, state = resumed
+        return load_model.model_from_checkpoint(state, path, dropout=dropout)
+    if source := gpt2.find(init_from):
+        model = source.load(dropout=dropout, block_size=block_size)
+    else:
+        options = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
+        vocab_size = 50304 if data.tokenizer['kind'] == 'gpt2' else data.vocab_size  # 50257, padded for speed
+        model = GPT(GPTConfig(vocab_size=vocab_size, **options))
+    if lora_rank:
+        lora.adapt(model, lora_rank)
+    return model
+
+
+def print_banner(rt, settings, data, model, sequences, by_clock, say):
+    say(f'device: {rt.description}')
+    say(f'recipe: {log.recipe(settings, sys.argv[1:])}; {log.architecture(model.config)}')
+    say(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
+    say(log.tokens_line(sequences * block_size, len(data.train), 0 if by_clock or context_warmup else max_iters))
+    if context_warmup:
+        say(f'context: {block_size // 4} tokens in the first {context_warmup / 2:.0%} of the run, {block_size // 2} '
+            f'until {context_warmup:.0%}, then {block_size}')
+
+
+def restore(resumed, settings, data, opt, scaler, say):
+    """Return the Progress of a checkpoint, with the optimizer and the scaler as they were; print what differs."""
+    path, state = resumed
+    p = Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
+    for line in preflight.resume_changes(state, settings, data):
+        say(line)
+    if preflight.other_data(state, data):  # losses on different texts cannot be compared
+        p.best_val_loss, p.history = math.inf, []
+    if not eval_only:
+        say(f'resuming from iter {p.iter_num} ({path})')
+        load_optimizer_state(opt, state['optimizer'], path)
+        if state.get('scaler'):
+            scaler.load_state_dict(state['scaler'])
+    return p
+
+
 def main():
-    opened = {}  # what preflight reads on its way: the dataset, and the checkpoint to resume
-    settings = configure(globals(), early={'device': runtime.pick_device}, check=lambda s: preflight.check(s, opened))
-    data, resumed = opened['data'], opened['resume']
+    settings, data, resumed = preflight.open_run(globals())  # checks everything before anything is built
     rt = runtime.start(settings, compile_pays=True)
-    say = report.say if rt.master else lambda line: None
-    warn = report.warn if rt.master else lambda line: None
-    rt.same('the dataset', data.fingerprint())
-    rt.same(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1].get('iter_num')))
-    writes = rt.master and not eval_only
-    lock = checkpoint.claim(out_dir) if writes else None
+    say, warn = (log.say, log.warn) if rt.is_master else (log.ignore, log.ignore)
+    rt.assert_same_on_all_ranks('the dataset', data.fingerprint())
+    rt.assert_same_on_all_ranks(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1]['iter_num']))
+    lock = checkpoint.lock_out_dir(out_dir) if rt.is_master and not eval_only else None
     if init_from == 'auto' and not resumed:
         say(f'no checkpoint in {out_dir}/: starting from scratch')
 
-    # the model: from a checkpoint, from scratch, or from GPT-2's weights
-    if resumed:
-        path, state = resumed
-        model = load_model.model_from_checkpoint(state, path, dropout=dropout)
-    elif init_from in ('scratch', 'auto'):
-        vocab_size = 50304 if data.tokenizer['kind'] == 'gpt2' else data.vocab_size  # 50257, padded for speed
-        model = GPT(GPTConfig(block_size, vocab_size, n_layer, n_head, n_embd, dropout, bias, pos, norm, mlp, qk_norm,
-                              tie_weights, softcap, smear))
-    else:
-        model = gpt2.find(init_from).load(dropout=dropout, block_size=block_size)
-    if lora_rank and not resumed:
-        lora.adapt(model, lora_rank)
-    model.set_compute_dtype(rt.dtype)  # weights stay float32
-    model.checkpoint_activations = checkpoint_activations
-    model = runtime.place(model, rt, parallel).train()
-    opt = make_optimizer(optimizer, model.param_groups(weight_decay, muon=optimizer == 'muon'),
-                         learning_rate, muon_lr, (beta1, beta2), rt.device.type, muon_momentum)
+    raw_model = build_model(settings, data, resumed)
+    raw_model.set_compute_dtype(rt.dtype)  # weights stay float32
+    raw_model.checkpoint_activations = checkpoint_activations
+    raw_model = distributed.shard_or_move(raw_model, rt, parallel).train()
+    opt = make_optimizer(optimizer, raw_model.param_groups(weight_decay, muon=optimizer == 'muon'), learning_rate,
+                         muon_lr, (beta1, beta2), rt.device.type, muon_momentum)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    micro_tokens = batch_size * block_size
-    micro_steps = total_batch_tokens // micro_tokens or gradient_accumulation_steps  # of all ranks together
-    n_rows = micro_steps * batch_size  # sequences an update
-    tokens_per_iter = n_rows * block_size
-    say(f'device: {rt.why}' + f'; {rt.world_size} processes' * (rt.world_size > 1))
-    say(f'recipe: {report.recipe(settings, sys.argv[1:])}')
-    say(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
-    by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # the schedule's axis: the clock, or updates
-    # who counts updates means whole ones
-    short = 0.0 if settings.by_flag('max_iters') and not settings.by_flag('context_warmup') else context_warmup
-    say(report.tokens_line(tokens_per_iter, len(data.train), 0 if by_clock or short else max_iters))
-    if short:
-        say(f'context: {block_size // 4} tokens in the first {short / 2:.0%} of the run, {block_size // 2} until '
-            f'{short:.0%}, then {block_size}')
-
-    if writes and not resumed and (old := checkpoint.put_aside(out_dir)):  # now that there is a model to go there
+    by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
+    micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
+    sequences = micro_steps * batch_size  # per update
+    print_banner(rt, settings, data, raw_model, sequences, by_clock, say)
+    if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
-
-    # where training stands; a checkpoint holds all of it
-    iter_num, tokens_seen, minutes_before, best_val_loss, history, wandb_id = 0, 0, 0.0, math.inf, [], ''
-    norms = torch.full((128,), math.nan, device=rt.device)  # of the last gradients, for spike_skip
-    if resumed:
-        iter_num, best_val_loss = state.get('iter_num', 0), float(state.get('best_val_loss', math.inf))
-        tokens_seen = state.get('tokens_seen', iter_num * tokens_per_iter)
-        minutes_before, history = state.get('minutes', 0.0), state.get('history', [])
-        wandb_id, norms = state.get('wandb_id', ''), state.get('norms', norms).to(rt.device)
-        for line in preflight.changes(state, settings, data):
-            say(line)
-        if not eval_only:
-            say(f'resuming from iter {iter_num} ({path})')
-            restore(opt, state['optimizer'], path)
-            if state.get('scaler'):
-                scaler.load_state_dict(state['scaler'])
+    p = restore(resumed, settings, data, opt, scaler, say) if resumed else Progress()
 
     def try_step(compiled):
         starts = eval_starts(len(data.train), block_size, 1, batch_size)[0]
-        compiled(*rt.put(*data.train.batch(starts, block_size)))[1].backward()
+        compiled(*rt.to_device(*data.train.batch(starts, block_size)))[1].backward()
 
-    fast = runtime.compile_or_fall_back(model, rt, settings.given('compile'), try_step)
-    net = runtime.wrap(fast, rt, parallel)
-
+    compiled_model = runtime.compile_or_fall_back(raw_model, rt, settings.given('compile'), try_step)
+    model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
-        losses, bpb = whole_losses(fast, model, rt, data)
-        say(report.step_line(iter_num, *losses, bpb))
-        runtime.finish()
+        losses, bpb = final_losses(compiled_model, raw_model, rt, data)
+        say(log.step_line(p.iter_num, *losses, bpb))
+        distributed.finish()
         return
 
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
-    if resumed and not rt.set_rng_state(state.get('rng')):
-        warn(f'{path} has no random state for this many processes on this device: resuming is not exact')
-    untrained = not resumed and init_from in ('scratch', 'auto')
-    resumed = state = None  # frees the checkpoint's tensors
-    saved_iter, n_spikes = iter_num, 0
-    log = f'{out_dir}/log.jsonl'
-    if rt.master:
-        report.trim_log(log, iter_num, history[-1][0] if history else -1)
-    track, finish, wandb_id = (open_trackers(settings, out_dir, wandb_id, iter_num) if rt.master else
-                               (lambda record, step: None, lambda: None, ''))
+    if resumed and not rt.set_rng_state(resumed[1].get('rng')):
+        warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')
+    untrained = not resumed and not gpt2.find(init_from)
+    resumed = None  # frees the checkpoint's tensors
+    track, finish_trackers, p.wandb_id = open_trackers(settings, out_dir, p.wandb_id, p.iter_num, rt.is_master)
+    if rt.is_master:
+        log.trim_log(f'{out_dir}/log.jsonl', p.iter_num, p.history[-1][0] if p.history else -1)
     tok = tokenizer.from_spec(data.tokenizer) if sample_interval else None
-    peak_flops = runtime.peak_flops(rt, peak_tflops)
+    peak_flops = devices.peak_flops(rt, peak_tflops)
+    guard, bar = Guard(rt, scaler, out_dir, p.iter_num), log.progress_bar(100, show=rt.is_master)
+    minutes_before, status = p.minutes, 0
+    elapsed, updates, tokens = 0.0, 0, 0  # since the last printed line; seconds without evaluation and saving
 
-    time_limit = max_minutes if by_clock or settings.by_flag('max_minutes') else 0.0
-    start = runtime.process_start()
-    # a CPU run of hours is told so: at once where not even the peak speed would do, else by its third update
-    at_peak = model.flops_per_token() * tokens_per_iter * (max_iters - iter_num) / peak_flops / 60  # minutes
-    told = rt.device.type != 'cpu' or time_limit > 0 or not rt.master or report.warn_if_long(at_peak)
-    third = iter_num + 2
+    def minutes_now():
+        return minutes_before + runtime.minutes_running()
 
-    def clock():
-        return minutes_before + (time.time() - start) / 60
+    def write_log(kind, line, record):
+        say(line)
+        if rt.is_master:
+            log.append_log(f'{out_dir}/log.jsonl', record)
+            track({f'{kind}/{key}': value for key, value in record.items()}, p.iter_num)
 
-    def snapshot():
-        """Return the checkpoint: nanoGPT's six keys, then what exact resuming and sampling need; all ranks call it."""
-        return {'model': runtime.whole(model.state_dict(), rt.master),
-                'optimizer': runtime.whole(opt.state_dict(), rt.master), 'model_args': model.config.model_args(),
-                'iter_num': iter_num, 'best_val_loss': best_val_loss, 'config': dict(settings),
-                'format': checkpoint.FORMAT, 'tokenizer': data.tokenizer, 'data': data.fingerprint(),
-                'rng': rt.rng_states(), 'scaler': scaler.state_dict(), 'tokens_seen': tokens_seen,
-                'minutes': clock(), 'history': history, 'wandb_id': wandb_id, 'norms': norms}
+    def save(as_best, must):
+        """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. must: a failure is an error, not a warning."""
+        state = {**vars(p), 'minutes': minutes_now(), 'model_args': raw_model.config.model_args(),
+                 'model': distributed.full_state_dict(raw_model.state_dict(), rt.is_master),
+                 'optimizer': distributed.full_state_dict(opt.state_dict(), rt.is_master),
+                 'config': dict(settings), 'origins': settings.kinds(), 'format': checkpoint.FORMAT,
+                 'tokenizer': data.tokenizer, 'data': data.fingerprint(), 'rng': rt.rng_states(),
+                 'scaler': scaler.state_dict()}
+        if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, must=must, say=say, warn=warn):
+            guard.saved_iter = p.iter_num
 
-    def save(also_ckpt, must):
-        """Write last.pt, and ckpt.pt as the same file; a failure is an error where `must`, else a warning."""
-        nonlocal saved_iter
-        state, failure = snapshot(), ''
-        if rt.maximum(load_model.has_nan(model))[0]:
-            failure = f'the weights of iter {iter_num} are not finite; they were not saved'
-        elif rt.master:
-            try:
-                say(f'saving checkpoint to {out_dir}')
-                if lora_rank and also_ckpt:
-                    checkpoint.save(f'{out_dir}/ckpt.pt', {**state, 'model': lora.merged(state['model'])})
-                checkpoint.save(f'{out_dir}/last.pt', state, keep_previous=True,
-                                also=f'{out_dir}/ckpt.pt' if also_ckpt and not lora_rank else None)
-            except UserError as error:
-                failure = error.message
-        if failure and not must:
-            warn(failure)
-        if not rt.maximum(bool(failure))[0]:
-            saved_iter = iter_num
-        elif must:
-            raise UserError(failure or 'rank 0 could not save')
-
-    bar = report.progress_bar(100, show=rt.master)
-    read_late, seconds, skipped, status = runtime.Late(rt), None, 0, 0
     with runtime.Signals() as signals:
         while True:
-            minutes, level = rt.maximum(clock(), signals.level)  # every rank goes by the same clock and signal
-            done = minutes / max_minutes if by_clock else (iter_num / max_iters if max_iters else 1.0)
-            stalled = patience > 0 and evaluations_since_best(history) >= patience
-            last = done >= 1 or stalled or 0 < time_limit <= minutes
-            if last and history and history[-1][0] == iter_num:
-                say(f'nothing left to do at iter {iter_num}: to train longer raise --max_iters, --max_minutes or '
+            # every rank follows the same clock and the same signal
+            p.minutes, signal = rt.all_reduce_max(minutes_now(), signals.level)
+            fraction = run_fraction(p.iter_num, p.minutes, by_clock)  # of the run, 0 to 1
+            out_of_patience = 0 < patience <= curves.evaluations_since_best(p.history)
+            last = fraction >= 1 or out_of_patience or 0 < max_minutes <= p.minutes
+            evaluated = bool(p.history) and p.history[-1][0] >= p.iter_num
+            if last and evaluated:
+                say(f'nothing left to do at iter {p.iter_num}: to train longer raise --max_iters, --max_minutes or '
                     '--patience, whichever ended the run')
 
-            # once in a while: evaluate and save
-            if (iter_num % eval_interval == 0 or last) and (not history or history[-1][0] < iter_num):
-                losses = [mean_loss(fast, model, rt, (split.batch(starts, block_size) for starts in
-                                                      eval_starts(len(split), block_size, eval_iters, batch_size)
-                                                      [rt.rank::rt.world_size]))
-                          for split in (data.train, data.val)]
-                if not math.isfinite(sum(losses)):
-                    raise UserError(report.not_finite(f'the losses are {losses[0]} and {losses[1]}', iter_num, rt,
-                                                      saved_iter, out_dir))
-                better, best_val_loss = losses[1] < best_val_loss, min(losses[1], best_val_loss)
-                history.append([iter_num, *losses])
-                bpb = bits_per_byte(losses[1], data.val, len(data.val))
-                record = {'step': iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
-                          'train_bpb': bits_per_byte(losses[0], data.train, len(data.train)),
-                          'tokens': tokens_seen, 'minutes': clock()}
-                if last:  # the whole split is what other programs' numbers are compared with
-                    say('the last evaluation reads the whole validation split')
-                    losses, bpb = whole_losses(fast, model, rt, data)
-                    record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
-                say(report.step_line(iter_num, *losses, bpb))
-                if tok and (len(history) % sample_interval == 0 or last) and (sample := short_sample(model, tok)):
-                    record['sample'] = sample
-                    say(textwrap.indent(sample, '    | ', lambda line: True))
-                if rt.master:
-                    report.append_log(log, record)
-                    track({f'eval/{k}': v for k, v in record.items()}, iter_num)
-                if overfitting(history):
-                    warn('overfitting: validation loss has risen for several evaluations while training loss '
+            # once in a while: evaluate, sample, save
+            due = p.iter_num % eval_interval == 0 or (by_clock and len(p.history) <= int(8 * fraction))
+            if (due or last) and not evaluated:
+                line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
+                if tok and (len(p.history) % sample_interval == 0 or last):
+                    record['sample'] = sample_text(raw_model, tok)
+                    line += '\n' + textwrap.indent(record['sample'], '    | ', lambda line: True)
+                write_log('eval', line, record)
+                if curves.overfitting(p.history):
+                    warn('overfitting: the validation loss has risen for several evaluations while the training loss '
                          f'fell; {"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
-                         f'{best_step(history)}')
-                save(also_ckpt=better or always_save_checkpoint, must=last)
+                         f'{curves.best_step(p.history)}')
+                better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
+                save(as_best=better or always_save_checkpoint, must=last)
             if last:
                 break
-            if level:
-                if untrained and len(history) < 2:  # of ckpt.pt, which nobody wants then
-                    best_val_loss = math.inf
-                save(also_ckpt=always_save_checkpoint or best_val_loss == math.inf, must=level > 1)
-                name = signals.name(level)
-                say(f'{name}: saved iter {iter_num} to {out_dir}')
-                if level > 1:
-                    say('to go on, give the same command with --init_from=resume')
-                    status = 128 + signals.number(level)
+            if signal:
+                if untrained and len(p.history) < 2:  # ckpt.pt holds the untrained model: let this save replace it
+                    p.best_val_loss = math.inf
+                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, must=signal > 1)
+                say(f'{signals.name(signal)}: saved iter {p.iter_num} to {out_dir}')
+                if signal > 1:
+                    say('to resume, give the same command with --init_from=resume')
+                    status = 128 + signals.number(signal)
                     break
-                if signals.level == level:  # no other came meanwhile
+                if signals.level == signal:  # no other signal arrived meanwhile
                     signals.level = 0
 
             # one update: forward, backward, clip, step
-            decayed = done if by_clock else (iter_num - warmup_iters) / max(1, lr_decay_iters - warmup_iters)
-            factor = lr_factor(iter_num, min(1.0, max(0.0, decayed)), min_lr / learning_rate if learning_rate else 0.0)
-            for group in opt.param_groups:
-                group['lr'] = group['peak'] * factor
-            logged = iter_num % log_interval == 0
-            if logged:
-                rt.synchronize()
             began = time.perf_counter()
-            loss_sum = 0.0
-            first, column, context = next_windows(done, tokens_seen, n_rows, short)
-            for micro in range(rt.rank, micro_steps, rt.world_size):
-                starts = column + train_starts(data_order, seed, len(data.train), block_size,
-                                               first + micro * batch_size, batch_size)
-                idx, targets = rt.put(*data.train.batch(starts, context))  # (B, T) each
-                runtime.average_gradients(net, micro + rt.world_size >= micro_steps)  # after the last one only
-                # so scaled, gradients end as the mean of all
-                loss = net(idx, targets)[1] * rt.world_size / micro_steps
+            lr_scale = get_lr_scale(p.iter_num, fraction, by_clock)
+            for group in opt.param_groups:
+                group['lr'] = group['initial_lr'] * lr_scale
+            first, offset, context = next_windows(fraction, p.tokens_seen, sequences)
+            total_loss = 0.0
+            for micro_step in range(rt.rank, micro_steps, rt.world_size):
+                starts = offset + train_starts(seed, len(data.train), block_size, first + micro_step * batch_size,
+                                               batch_size)
+                idx, targets = rt.to_device(*data.train.batch(starts, context))  # (B, T) each
+                distributed.set_grad_sync(model, micro_step + rt.world_size >= micro_steps)  # after the last one only
+                _, loss = model(idx, targets)
+                loss = loss * rt.world_size / micro_steps  # the gradient is the mean over all micro-batches and ranks
                 scaler.scale(loss).backward()
-                loss_sum = loss_sum + loss.detach()
+                total_loss = total_loss + loss.detach()  # stays on the device: no sync
             scaler.unscale_(opt)
-            grad_norm = runtime.gathered(torch.nn.utils.clip_grad_norm_(model.parameters(), grad_clip or math.inf))
-            z, norms = z_score(grad_norm, norms) if spike_skip else (torch.zeros_like(grad_norm), norms)
-            if not scaler.is_enabled():  # else the scaler does the same
-                unfit = ~torch.isfinite(loss_sum + grad_norm) | (z > spike_skip)
-                opt.found_inf = unfit.float()  # the update reads it on the device
-            if rt.device.type != 'mps' or not unfit:  # Metal's update does not read it
+            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+            grad_norm = distributed.full_tensor(grad_norm)
+            if guard.allows(opt, total_loss, grad_norm):
                 scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
+            guard.check(p.iter_num)  # ends the run if an update was not finite; it has not reached the weights
 
-            # nothing that is not finite has reached the weights; the host learns of it without waiting for the device
-            seen_loss, seen_norm, seen_z = read_late(torch.stack([loss_sum, grad_norm, z]))
-            skipped = 0 if math.isfinite(seen_loss + seen_norm) else skipped + 1
-            if skipped > (20 if scaler.is_enabled() else 0):
-                what = f'the loss is {seen_loss}, the norm of its gradient {seen_norm}'
-                raise UserError(report.not_finite(what, iter_num - read_late.calls, rt, saved_iter, out_dir))
-            if 0 < spike_skip < seen_z:
-                n_spikes += 1
-                if rt.master:
-                    report.spike(log, iter_num - read_late.calls, seen_norm, seen_z, n_spikes)
+            # log
+            logged = p.iter_num % log_interval == 0
+            loss = float(total_loss) if logged else None  # waits for the device
+            p.tokens_seen += sequences * context
+            elapsed, updates, tokens = elapsed + time.perf_counter() - began, updates + 1, tokens + sequences * context
             if logged:
-                rt.synchronize()
-                dt = time.perf_counter() - began
-                seconds = dt if seconds is None else 0.9 * seconds + 0.1 * dt
-                left = max_minutes - minutes if by_clock else seconds * (max_iters - iter_num - 1) / 60
-                loss = rt.total(float(loss_sum))[0] / rt.world_size
-                tok_s = n_rows * context / dt
-                record = {'iter': iter_num, 'loss': loss, 'lr': learning_rate * factor, 'grad_norm': float(grad_norm),
-                          'tok_s': tok_s, 'tokens': tokens_seen + n_rows * context, 'minutes': clock(),
-                          'mfu': None if lora_rank else model.estimate_mfu(tok_s / rt.world_size, peak_flops, context)}
-                say(report.iter_line(record, dt, left))
-                if rt.master:
-                    report.append_log(log, record)
-                    track({f'train/{k}': v for k, v in record.items()}, iter_num)
-                    report.advance(bar, done, loss, best_val_loss, tok_s, left)
-                told = told or iter_num >= third and report.warn_if_long(left)
-            iter_num, tokens_seen = iter_num + 1, tokens_seen + n_rows * context
+                loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
+                left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
+                mfu = None if lora_rank else raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context)
+                record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,
+                          'grad_norm': float(grad_norm), 'tokens': p.tokens_seen, 'minutes': minutes_now()}
+                write_log('train', log.iter_line(record, elapsed / updates, left), record)
+                log.update_bar(bar, fraction, loss, p.best_val_loss, tok_s, left)
+                elapsed, updates, tokens = 0.0, 0, 0
+            p.iter_num += 1
     bar.close()
-    if rt.master and not status and (picture := report.draw_loss(out_dir)):
+    if rt.is_master and not status and (picture := curves.draw_loss(out_dir)):
         say(f'loss curves are in {picture}')
-        track({'curves': picture}, iter_num)
-    finish()
-    runtime.finish()
+        track({'curves': picture}, p.iter_num)
+    finish_trackers()
+    distributed.finish()
     del lock  # held until here
     if status:
         raise SystemExit(status)
 
 
 if __name__ == '__main__':
-    with runtime.one_of_many():
+    with distributed.report_fatal_errors():
         main()

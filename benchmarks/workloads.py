@@ -73,17 +73,17 @@ def profile(argv, trace):
 
 def guards(sizes, batch_size):
     """Time what train.py does in each update to keep unfit ids and numbers out of the weights."""
-    from lib.machine import runtime
+    from lib.machine import device, runtime
     from lib.text import dataset
-    from lib.training import optim
+    from lib.training import guard, optim
     from model import GPT, GPTConfig
-    runtime.keep_memory()
+    runtime.tune_malloc()
     model = GPT(GPTConfig(vocab_size=65, bias=False, **sizes))
-    if runtime.native_bf16():
+    if device.native_bf16():
         model.set_compute_dtype(torch.bfloat16)
     opt = optim.make_optimizer('adamw', model.param_groups(0.1), 1e-3, 0.02, (0.9, 0.99), 'cpu')
     split = dataset.open_dataset('bench_char', sizes['block_size']).train
-    late = runtime.Late(runtime.Runtime(torch.device('cpu'), model.dtype, False, ''))
+    late = guard.DelayedReader(torch.device('cpu'))
     ids = split.tokens[:batch_size * sizes['block_size']].reshape(batch_size, -1)
     idx = torch.from_numpy(ids.astype('i8'))
 
@@ -155,7 +155,7 @@ def generating(side, vs, device, dtype, prompt, new):
     if side == 'ours':
         from lib.generate import generate
         from lib.machine import runtime
-        runtime.keep_memory()
+        runtime.tune_malloc()
     model = model.eval().to(device, getattr(torch, dtype))
     with torch.inference_mode():
         write(min(2, new))

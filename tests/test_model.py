@@ -1,21 +1,29 @@
-"""model.py: GPT-2 by default, and what must hold for every variant."""
+"""model.py: every option equals the GPT of tests/reference.py, alone and in pairs, and what else must hold."""
 import math
 
 import pytest
+import reference
 import torch
+from reference import pairwise
 
+import kernels
 import model
-from model import GPT, GPT2_SIZES, GPTConfig, ReLUSquared, RMSNorm, RootMeanSquare, attend, relu2
+from lib.weights import gpt2
+from model import GPT, GPTConfig, KVCache
 
-VARIANTS = [{}, {'bias': False}, {'pos': 'rope'}, {'norm': 'rmsnorm'}, {'mlp': 'relu2'}, {'mlp': 'swiglu'},
-            {'qk_norm': True}, {'tie_weights': False}, {'softcap': 15.0}, {'smear': True},
-            {'pos': 'rope', 'norm': 'rmsnorm', 'mlp': 'swiglu', 'qk_norm': True, 'tie_weights': False, 'bias': False}]
+VARIANTS = [{}, *({name: values[-1]} for name, values in reference.OPTIONS.items()), *pairwise()]
+OFF = {name: values[0] for name, values in reference.OPTIONS.items()}
+
+
+def name_of(options):
+    return ' '.join(f'{k}={v}' for k, v in options.items() if v != OFF[k]) or 'gpt2'
 
 
 def make(seed=0, **options):
+    """A tiny GPT in which every parameter is awake: zeros would hide a term."""
     torch.manual_seed(seed)
     net = GPT(GPTConfig(**{**dict(block_size=12, vocab_size=20, n_layer=2, n_head=2, n_embd=16), **options}))
-    with torch.no_grad():  # RMSNorm's models start with silent projections; wake them, and biases and gains
+    with torch.no_grad():
         for p in net.parameters():
             p.add_(torch.randn(p.shape) * 0.1)
     return net.eval()
@@ -25,206 +33,156 @@ def tokens(B=3, T=12, seed=1):
     return torch.randint(20, (B, T), generator=torch.Generator().manual_seed(seed))
 
 
-def test_the_quick_forms_of_norm_and_relu2_have_their_gradients():
-    x = torch.randn(3, 5, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    assert torch.autograd.gradcheck(RootMeanSquare.apply, (x, 1e-3)) and torch.autograd.gradcheck(ReLUSquared.apply, x)
+def logits_of(net, idx):
+    return net(idx, idx, return_logits=True)[0]
 
 
-@pytest.mark.parametrize('quick', [RMSNorm(), relu2])
-@pytest.mark.parametrize('scale', [1.0, 1e-4])  # at the second, eps is most of what is under the root
-def test_with_a_gradient_or_without_norm_and_relu2_say_the_same(quick, scale):
-    x = (scale * torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))).requires_grad_()
-    with torch.no_grad():
-        plain = quick(x)
-    torch.testing.assert_close(quick(x).detach(), plain)
+def gradients(net):
+    return {name: p.grad for name, p in net.named_parameters() if p.grad is not None}
 
 
-def reference(net, idx):
-    """GPT-2's logits (B, T, V) from its description, one head and one query at a time, in float64."""
+# ---- the formula -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('options', VARIANTS, ids=name_of)
+def test_logits_equal_the_reference(options):
+    net, idx = make(**options), tokens()
     w = {name: p.detach().double() for name, p in net.named_parameters()}
-    c = net.config
-    hs = c.n_embd // c.n_head
-
-    def norm(x, name):
-        mean, var = x.mean(-1, keepdim=True), x.var(-1, unbiased=False, keepdim=True)
-        return (x - mean) / (var + 1e-5).sqrt() * w[f'{name}.weight'] + w[f'{name}.bias']
-
-    def linear(x, name):
-        return x @ w[f'{name}.weight'].T + w[f'{name}.bias']
-    x = w['transformer.wte.weight'][idx] + w['transformer.wpe.weight'][:idx.size(1)]
-    for layer in range(c.n_layer):
-        at = f'transformer.h.{layer}'
-        qkv = linear(norm(x, f'{at}.ln_1'), f'{at}.attn.c_attn')
-        out = torch.zeros_like(x)
-        for head in range(c.n_head):
-            q, k, v = (qkv[..., i * c.n_embd + head * hs:i * c.n_embd + (head + 1) * hs] for i in range(3))
-            for t in range(idx.size(1)):
-                weight = ((k[:, :t + 1] @ q[:, t, :, None])[..., 0] / math.sqrt(hs)).softmax(-1)
-                out[:, t, head * hs:(head + 1) * hs] = (weight[..., None] * v[:, :t + 1]).sum(1)
-        x = x + linear(out, f'{at}.attn.c_proj')
-        h = linear(norm(x, f'{at}.ln_2'), f'{at}.mlp.c_fc')
-        x = x + linear(h * 0.5 * (1 + torch.erf(h / math.sqrt(2))), f'{at}.mlp.c_proj')
-    return norm(x, 'transformer.ln_f') @ w['transformer.wte.weight'].T
+    torch.testing.assert_close(logits_of(net, idx).double(), reference.logits(w, net.config, idx), rtol=1e-4, atol=1e-4)
 
 
-def test_the_default_model_is_gpt2_as_written_down_independently():
-    net, idx = make(bias=True), tokens()
-    logits = net(idx, idx)[0].view(3, 12, 20)
-    torch.testing.assert_close(logits.double(), reference(net, idx), rtol=1e-4, atol=1e-4)
+@pytest.mark.parametrize('enabled', [True, False], ids=['kernels on', 'kernels off'])
+@pytest.mark.parametrize('options', VARIANTS, ids=name_of)
+def test_loss_and_gradients_equal_the_reference(options, enabled, monkeypatch):
+    monkeypatch.setattr(kernels, 'ENABLED', enabled)
+    net, idx, targets = make(**options), tokens(B=2, T=6), tokens(B=2, T=6, seed=2)
+    targets[0, :2] = -1
+    _, loss = net(idx, targets)
+    loss.backward()
+    w = {name: p.detach().double().requires_grad_() for name, p in net.named_parameters()}
+    expected = reference.loss(w, net.config, idx, targets)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for name, grad in gradients(net).items():
+        torch.testing.assert_close(grad.double(), w[name].grad, rtol=2e-4, atol=1e-5, msg=lambda m, n=name: f'{n}: {m}')
 
 
-def test_the_loss_is_the_mean_cross_entropy_and_skips_minus_one():
-    net, idx, targets = make(), tokens(), tokens(seed=2)
-    targets[0, :5] = -1
-    logits, loss = net(idx, targets)
-    logp = logits.view(3, 12, 20).log_softmax(-1)
-    by_hand = [-logp[b, t, targets[b, t]] for b in range(3) for t in range(12) if targets[b, t] >= 0]
-    torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+@pytest.mark.parametrize('options', VARIANTS, ids=name_of)
+def test_a_cache_gives_the_logits_of_the_whole_prefix(options):
+    net, idx = make(**options), tokens()
+    cache = KVCache(net.config, 3, 'cpu', torch.float32)
+    with torch.no_grad():
+        for start, end in ((0, 5), (5, 6), (6, 7), (7, 11)):
+            part = net(idx[:, start:end], cache=cache)[0]
+            torch.testing.assert_close(part, net(idx[:, :end])[0], rtol=1e-4, atol=1e-5)
+    assert cache.pos == 11
 
 
 def test_a_cache_works_where_gradients_are_recorded():
     net, idx = make(), tokens()
-    cache = model.KVCache(net.config, 3, 'cpu', torch.float32)
+    cache = KVCache(net.config, 3, 'cpu', torch.float32)
     net(idx[:, :7], cache=cache)
     torch.testing.assert_close(net(idx[:, 7:], cache=cache)[0], net(idx)[0])
 
 
-@pytest.mark.parametrize('n_out', [1024, 1029])
-@pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('n_rows', [1, 64, 65])
-def test_few_rows_by_a_large_matrix_are_dealt_out_and_equal(n_rows, bias, n_out, monkeypatch):
-    x, weight = torch.randn(n_rows, 1, 256), torch.randn(n_out, 256)
-    bias, calls, bmm = torch.randn(n_out) if bias else None, [], torch.bmm
-    monkeypatch.setattr(torch, 'bmm', lambda *args: calls.append(1) or bmm(*args))
+def test_a_cache_that_starts_over_forgets_everything():
+    net, idx = make(smear=True, pos='rope'), tokens()
+    cache = KVCache(net.config, 3, 'cpu', torch.float32)
+    net(idx, cache=cache)
+    cache.pos = 0
+    torch.testing.assert_close(net(idx[:, 3:8], cache=cache)[0], net(idx[:, 3:8])[0])
+
+
+def test_generation_passes_contiguous_queries_to_attention(monkeypatch):
+    """Metal's kernel in torch < 2.12 reads the queries of a decoding step as if they were contiguous."""
+    seen = []
+    real = kernels.causal_attention
+    monkeypatch.setattr(kernels, 'causal_attention', lambda q, *a: seen.append(q.is_contiguous()) or real(q, *a))
+    net = make(n_embd=32)
+    cache = KVCache(net.config, 3, 'cpu', torch.float32)
     with torch.no_grad():
-        y = model.linear(x, weight, bias)
-    assert len(calls) == (n_rows <= 64)
-    torch.testing.assert_close(y, x @ weight.T + (0 if bias is None else bias), atol=1e-4, rtol=1e-5)
+        net(tokens(T=4), cache=cache)
+        net(tokens(T=1), cache=cache)
+    assert seen == [True] * 4
 
 
-@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize('options', [{}, {'tie_weights': False, 'softcap': 2.0}], ids=str)
-def test_a_loss_in_chunks_is_the_loss_and_has_its_gradients(options, dtype, monkeypatch):
-    net, idx, targets, sizes = make(**options), tokens(), tokens(seed=2), []
-    net.set_compute_dtype(dtype)
-    targets[0, 3:] = -1
-
-    def found(**how):
-        net.zero_grad()
-        loss = net(idx, targets, **how)[1] * 7
-        loss.backward()
-        return {'loss': loss.detach(), **{name: p.grad for name, p in net.named_parameters() if p.grad is not None}}
-
-    whole = found()
-    monkeypatch.setattr(GPT, 'CHUNK', 5 * 20)  # five rows of V logits
-    monkeypatch.setattr(model, 'cross_entropy', lambda logits, *args, of=model.cross_entropy: (
-        sizes.append(len(logits)) or of(logits, *args)))
-    chunked = found(loss_only=True)
-    assert sizes == [5] * 7 + [1]
-    close = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.03, rtol=0.03)
-    torch.testing.assert_close(chunked, whole, **close)
-    net.requires_grad_(False)
-    net.lm_head.weight.requires_grad_(True)
-    if not net.config.tie_weights:
-        torch.testing.assert_close(found(loss_only=True), {name: chunked[name] for name in ('loss', 'lm_head.weight')})
-    net.requires_grad_(True)
-    net.lm_head.weight.requires_grad_(False)
-    frozen = found(loss_only=True)
-    assert 'lm_head.weight' not in frozen and 'transformer.h.0.mlp.c_fc.weight' in frozen
-    torch.testing.assert_close(frozen, {name: chunked[name] for name in frozen})
-    net.requires_grad_(True)
-    monkeypatch.setattr(torch.autograd, 'grad', None)  # an evaluation computes none
-    for mode in (torch.no_grad, torch.inference_mode):
-        with mode():
-            torch.testing.assert_close(net(idx, targets)[1] * 7, chunked['loss'])
+def test_rotation_keeps_norms_and_depends_on_the_distance_only():
+    rope, x = model.precompute_rope(12, 8), torch.randn(2, 8)
+    turned = model.apply_rotary_emb(x[:, None, None].expand(2, 12, 1, 8), rope)[:, :, 0]  # q and k at each position
+    torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1)[:, None].expand(2, 12))
+    dot = [float(turned[0, t] @ turned[1, t + 3]) for t in range(9)]
+    assert max(dot) - min(dot) < 1e-5
+    assert abs(float(turned[0, 0] @ turned[1, 3]) - float(turned[0, 3] @ turned[1, 0])) > 1e-3  # the sign counts
 
 
-@pytest.mark.parametrize('options', VARIANTS)
+def test_qk_norm_makes_the_scale_of_queries_and_of_keys_irrelevant():
+    net, idx = make(qk_norm=True, bias=False), tokens()
+    before = logits_of(net, idx)
+    with torch.no_grad():
+        for block in net.transformer.h:
+            block.attn.c_attn.weight[:16].mul_(3)
+            block.attn.c_attn.weight[16:32].mul_(10)
+    torch.testing.assert_close(logits_of(net, idx), before, rtol=1e-4, atol=1e-5)
+
+
+# ---- loss --------------------------------------------------------------------------------------------------------
+
+def test_the_loss_is_the_mean_cross_entropy_and_skips_minus_one():
+    net, idx, targets = make(), tokens(), tokens(seed=2)
+    targets[0, :5] = -1
+    logits, loss = net(idx, targets, return_logits=True)
+    logp = logits.log_softmax(-1)
+    by_hand = [-logp[b, t, targets[b, t]] for b in range(3) for t in range(12) if targets[b, t] >= 0]
+    torch.testing.assert_close(loss, torch.stack(by_hand).mean())
+
+
+def test_logits_come_with_the_loss_only_on_request():
+    net, idx = make(), tokens()
+    assert net(idx, idx)[0] is None
+    assert logits_of(net, idx).shape == (3, 12, 20)
+    torch.testing.assert_close(net(idx, idx)[1], net(idx, idx, return_logits=True)[1])
+
+
+@pytest.mark.parametrize('options', VARIANTS, ids=name_of)
+def test_the_last_logits_alone_are_the_last_of_all(options):
+    net, idx = make(**options), tokens()
+    torch.testing.assert_close(net(idx)[0][:, 0], logits_of(net, idx)[:, -1])
+
+
+def test_a_model_of_zeros_loses_log_of_the_vocabulary():
+    net = make()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.zero_()
+    assert abs(float(net(tokens(), tokens(seed=2))[1].detach()) - math.log(20)) < 1e-6
+
+
+# ---- structure ---------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('options', VARIANTS, ids=name_of)
 def test_no_position_sees_a_later_token(options):
     net, idx = make(**options), tokens()
     changed = idx.clone()
     changed[:, 7:] = (changed[:, 7:] + 1) % 20
-    a, b = (net(x, x)[0].view(3, 12, 20) for x in (idx, changed))
-    assert torch.equal(a[:, :7], b[:, :7]) and not torch.equal(a[:, 7:], b[:, 7:])
+    a, b = logits_of(net, idx), logits_of(net, changed)
+    assert torch.equal(a[:, :7], b[:, :7])
+    assert not torch.equal(a[:, 7:], b[:, 7:])
 
 
-@pytest.mark.parametrize('options', VARIANTS)
-def test_the_last_logits_alone_are_the_last_of_all(options):
-    net, idx = make(**options), tokens()
-    torch.testing.assert_close(net(idx)[0][:, 0], net(idx, idx)[0].view(3, 12, 20)[:, -1])
+def test_batches_do_not_mix():
+    net, idx = make(), tokens()
+    torch.testing.assert_close(logits_of(net, idx)[1], logits_of(net, idx[1:2])[0])
 
 
-@pytest.mark.parametrize('options', VARIANTS)
-def test_optimizer_groups_partition_the_parameters(options):
-    net = make(**options)
-    for apart in (False, True):
-        groups = net.param_groups(0.1, muon=apart)
-        inside = [id(p) for g in groups for p in g['params']]
-        assert len(inside) == len(set(inside)) and set(inside) == {id(p) for p in net.parameters()}
-        assert all((p.dim() >= 2) == (g['weight_decay'] > 0) for g in groups for p in g['params'])
-
-
-@pytest.mark.parametrize('options', VARIANTS)
+@pytest.mark.parametrize('options', VARIANTS, ids=name_of)
 def test_checkpointed_activations_change_no_gradient(options):
     net, idx = make(**options).train(), tokens()
-    grads = []
+    found = []
     for on in (False, True):
         net.checkpoint_activations = on
         net.zero_grad()
         net(idx, idx)[1].backward()
-        grads.append([p.grad.clone() for p in net.parameters() if p.grad is not None])
-    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*grads))
-
-
-@pytest.mark.parametrize('options', VARIANTS)
-def test_batches_do_not_mix(options):
-    net, idx = make(**options), tokens()
-    torch.testing.assert_close(net(idx, idx)[0].view(3, 12, 20)[1], net(idx[1:2], idx[1:2])[0].view(12, 20))
-
-
-def test_the_124m_configuration_has_gpt2s_count():
-    with torch.device('meta'):
-        net = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True, **GPT2_SIZES['gpt2']), init=False)
-    assert net.get_num_params(non_embedding=False) == 124_439_808
-
-
-@pytest.mark.parametrize('name, millions', [('gpt2-medium', 354.8), ('gpt2-large', 774.0), ('gpt2-xl', 1557.6)])
-def test_the_larger_sizes_have_gpt2s_counts(name, millions):
-    with torch.device('meta'):
-        net = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True, **GPT2_SIZES[name]), init=False)
-    assert round(net.get_num_params(non_embedding=False) / 1e6, 1) == millions
-
-
-def test_initial_weights_have_gpt2s_spread():
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(block_size=64, vocab_size=200, n_layer=8, n_head=4, n_embd=64, bias=True))
-    spread = {name: float(p.detach().std()) for name, p in net.named_parameters() if p.dim() == 2}
-    for name, std in spread.items():
-        wanted = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
-        assert abs(std / wanted - 1) < 0.05, name
-    assert all(p.count_nonzero() == 0 for name, p in net.named_parameters() if name.endswith('bias'))
-
-
-def test_a_new_model_knows_nothing():
-    torch.manual_seed(0)
-    net = GPT(GPTConfig(12, 20, 2, 2, 16))
-    assert abs(float(net(tokens(), tokens(seed=2))[1]) - math.log(20)) < 0.1
-
-
-@pytest.mark.parametrize('pos', ['learned', 'rope'])
-def test_cropping_keeps_what_is_left(pos):
-    net, idx = make(pos=pos), tokens(T=5)
-    whole = net(idx, idx)[0]
-    net.crop_block_size(5)
-    assert net.config.block_size == 5 and torch.equal(net(idx, idx)[0], whole)
-    with pytest.raises(ValueError, match='6 tokens do not fit block_size=5'):
-        net(tokens(T=6))
-    with pytest.raises(ValueError, match='has 5 positions'):
-        net.crop_block_size(9)
-
-
-def test_softcap_bounds_the_logits():
-    assert float(make(softcap=0.01)(tokens(), tokens())[0].abs().max()) < 0.01
+        found.append({name: grad.clone() for name, grad in gradients(net).items()})
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
 def test_dropout_acts_in_training_only():
@@ -234,29 +192,70 @@ def test_dropout_acts_in_training_only():
     assert not torch.equal(net(idx)[0], net(idx)[0])
 
 
-def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
-    seven = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
-    assert GPTConfig().model_args().keys() == seven
-    assert GPTConfig(pos='rope', softcap=15.0).model_args().keys() == seven | {'pos', 'softcap'}
+def test_bfloat16_products_are_near_float32():
+    net, idx = make(pos='rope', norm='rmsnorm', mlp='relu2', qk_norm=True, smear=True), tokens()
+    exact = float(net(idx, idx)[1].detach())
+    net.set_compute_dtype(torch.bfloat16)
+    assert net.dtype == torch.bfloat16 and net.transformer.wte.weight.dtype == torch.float32
+    loss = float(net(idx, idx)[1].detach())
+    assert loss != exact and abs(loss - exact) < 0.03
 
 
-@pytest.mark.parametrize('wrong, told', [
-    (dict(n_embd=8, n_head=3), 'n_embd=8 is not divisible by n_head=3'),
-    (dict(n_layer=0), 'n_layer must be at least 1'),
-    (dict(dropout=1.0), 'dropout must be'), (dict(mlp='glu'), 'mlp must be one of'), (dict(softcap=-1.0), 'softcap'),
-    (dict(pos='rope', n_embd=6, n_head=2), 'must be even')])
-def test_a_model_that_cannot_be_is_refused_with_the_numbers(wrong, told):
-    with pytest.raises(ValueError, match=told):
-        GPT(GPTConfig(**{**dict(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=8), **wrong}))
+# ---- initialisation ----------------------------------------------------------------------------------------------
 
-
-def test_attention_with_dropout_is_attention_on_average():
+def test_initial_weights_have_gpt2s_spread():
     torch.manual_seed(0)
-    q, k, v = torch.randn(3, 1, 2, 6, 4)
-    many = [t.expand(20000, -1, -1, -1) for t in (q, k, v)]
-    out = attend(*many, 0.3)
-    assert not torch.equal(out[0], out[1])
-    torch.testing.assert_close(out.mean(0, keepdim=True), attend(q, k, v, 0.0), rtol=0, atol=0.03)
+    net = GPT(GPTConfig(block_size=64, vocab_size=200, n_layer=8, n_head=4, n_embd=64, bias=True))
+    for name, p in net.named_parameters():
+        if p.dim() == 2:
+            wanted = 0.02 / math.sqrt(16) if name.endswith('c_proj.weight') else 0.02
+            assert abs(float(p.detach().std()) / wanted - 1) < 0.05, name
+        else:
+            assert torch.equal(p, torch.zeros_like(p) if name.endswith('bias') else torch.ones_like(p)), name
+
+
+def test_rmsnorm_starts_output_projections_and_an_untied_head_at_zero():
+    net = GPT(GPTConfig(12, 20, 2, 2, 16, bias=False, norm='rmsnorm', tie_weights=False, smear=True))
+    zero = {name for name, p in net.named_parameters() if not p.any()}
+    assert zero == {'lm_head.weight', 'smear', *(f'transformer.h.{i}.{part}.c_proj.weight'
+                                                 for i in range(2) for part in ('attn', 'mlp'))}
+
+
+def test_a_new_model_knows_nothing():
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(12, 20, 2, 2, 16))
+    assert abs(float(net(tokens(), tokens(seed=2))[1]) - math.log(20)) < 0.1
+
+
+# ---- counts, groups, config --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize('muon', [False, True])
+@pytest.mark.parametrize('options', VARIANTS, ids=name_of)
+def test_optimizer_groups_partition_the_parameters(options, muon):
+    net = make(**options)
+    groups = net.param_groups(0.1, muon=muon)
+    inside = [id(p) for g in groups for p in g['params']]
+    assert len(inside) == len(set(inside)) and set(inside) == {id(p) for p in net.parameters()}
+    assert all(g['weight_decay'] == (0.1 if p.dim() >= 2 else 0.0) for g in groups for p in g['params'])
+
+
+def test_muon_gets_the_matrices_of_the_blocks_and_how_many_are_stacked():
+    net = make(tie_weights=False)
+    names = {id(p): name for name, p in net.named_parameters()}
+    first, *others = net.param_groups(0.1, muon=True)
+    assert first['use_muon'] and not any(g['use_muon'] for g in others)
+    splits = {names[id(p)].removeprefix('transformer.h.0.'): s for p, s in zip(first['params'], first['splits'])}
+    assert splits.items() >= {'attn.c_attn.weight': 3, 'attn.c_proj.weight': 1, 'mlp.c_fc.weight': 1,
+                              'mlp.c_proj.weight': 1}.items()
+    assert len(first['params']) == 8
+
+
+@pytest.mark.parametrize('name, count', [('gpt2', 124_439_808), ('gpt2-medium', 354_823_168),
+                                         ('gpt2-large', 774_030_080), ('gpt2-xl', 1_557_611_200)])
+def test_the_sizes_have_gpt2s_counts(name, count):
+    with torch.device('meta'):
+        net = GPT(GPTConfig(block_size=1024, vocab_size=50257, bias=True, **gpt2.SIZES[name]), init=False)
+    assert net.get_num_params(non_embedding=False) == count
 
 
 def test_flops_per_token_follow_the_formula():
@@ -264,4 +263,43 @@ def test_flops_per_token_follow_the_formula():
     n = 20 * 16 + 2 * (3 * 16 * 16 + 16 * 16 + 8 * 16 * 16 + 2 * 16) + 16
     assert net.get_num_params() == n and net.flops_per_token() == 6 * n + 12 * 2 * 16 * 12
     assert net.flops_per_token(4) == 6 * n + 12 * 2 * 16 * 4
-    assert net.mfu(100.0, net.flops_per_token() * 200.0) == 0.5
+    assert net.estimate_mfu(100.0, net.flops_per_token() * 200.0) == 0.5
+
+
+def test_an_untied_embedding_multiplies_nothing():
+    tied, untied = make(bias=False), make(bias=False, tie_weights=False)
+    assert untied.get_num_params() == tied.get_num_params() + 20 * 16
+    assert untied.flops_per_token() == tied.flops_per_token()
+
+
+@pytest.mark.parametrize('pos', ['learned', 'rope'])
+def test_cropping_keeps_what_is_left(pos):
+    net, idx = make(pos=pos), tokens(T=5)
+    whole = logits_of(net, idx)
+    net.crop_block_size(5)
+    assert net.config.block_size == 5 and torch.equal(logits_of(net, idx), whole)
+    with pytest.raises(ValueError, match='6 tokens are more than block_size=5'):
+        net(tokens(T=6))
+    with pytest.raises(ValueError, match='has 5 positions'):
+        net.crop_block_size(9)
+
+
+def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
+    seven = {'n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size', 'dropout'}
+    assert GPTConfig().model_args().keys() == seven
+    assert GPTConfig(pos='rope', softcap=15.0).model_args().keys() == seven | {'pos', 'softcap'}
+
+
+@pytest.mark.parametrize('wrong, message', [
+    (dict(n_embd=8, n_head=3), 'n_embd=8 is not divisible by n_head=3'), (dict(n_layer=0), 'n_layer must be at least 1'),
+    (dict(dropout=1.0), 'dropout must be'), (dict(dropout=-0.1), 'dropout must be'),
+    (dict(mlp='glu'), 'mlp must be one of'), (dict(softcap=-1.0), 'softcap'),
+    (dict(pos='rope', n_embd=6, n_head=2), 'must be even')])
+def test_an_impossible_model_is_refused_with_the_numbers(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        GPT(GPTConfig(**{**dict(block_size=8, vocab_size=8, n_layer=1, n_head=2, n_embd=8), **wrong}))
+
+
+def test_uninitialized_builds_in_the_dtype_and_leaves_torchs_default():
+    net = GPT.uninitialized(GPTConfig(12, 20, 1, 2, 16), torch.bfloat16)
+    assert {p.dtype for p in net.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32

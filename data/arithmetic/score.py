@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, configure
-from lib.machine import runtime
+from lib.machine.device import device_problem, pick_device
 from lib.text import dataset
 from lib.weights.load_model import load_model
 from model import KVCache
@@ -54,8 +54,8 @@ def answers(model, tok, prompts, device):
 
 
 def main(argv=None):
-    settings = configure(globals(), argv, early={'device': runtime.pick_device},
-                         check=lambda s: list(filter(None, [runtime.device_problem(s['device'])])))
+    settings = configure(globals(), argv, early={'device': pick_device},
+                         check=lambda s: list(filter(None, [device_problem(s['device'])])))
     model, tok, _ = load_model('resume', out_dir)
     model = model.to(settings['device'])
     by_length = {}

@@ -4,7 +4,8 @@ import inspect
 import torch
 
 from configurator import UserError
-from lib.machine.runtime import fast_bf16, share_like
+from lib.machine.device import fast_bf16
+from lib.machine.distributed import shard_like
 
 
 class AdamW(torch.optim.AdamW):
@@ -108,6 +109,6 @@ def restore(optimizer, saved, path):
         raise UserError(f'the optimizer state in {path} does not fit: was the setting optimizer changed?')
     groups = [{**group, 'params': old['params']} for group, old in zip(now, saved['param_groups'])]
     params = [p for group in optimizer.param_groups for p in group['params']]
-    state = {i: {key: share_like(value, params[i]) for key, value in moments.items()}
+    state = {i: {key: shard_like(value, params[i]) for key, value in moments.items()}
              for i, moments in saved['state'].items()}
     optimizer.load_state_dict({'state': state, 'param_groups': groups})

@@ -1,8 +1,10 @@
-"""Checkpoints: written whole or not at all, checked before use, and never able to run code.
+"""Checkpoints: written completely or not at all, checked before use, and never able to run code.
 
 A checkpoint is a torch zip file of tensors and plain values with nanoGPT's keys. In `out_dir`, ckpt.pt is the model
-to use; last.pt is the newest training state and last.prev.pt the one before it.
+to use, last.pt the newest training state and last.prev.pt the previous one.
 """
+import contextlib
+import errno
 import os
 import pickle
 import shutil
@@ -14,18 +16,21 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
+from lib.machine.distributed import first_line
+from lib.machine.files import atomic_write, leftovers
+from lib.weights import lora
 
 try:
     import fcntl
-except ImportError:  # Windows: two runs in one out_dir are then not told apart
+except ImportError:  # Windows: two runs in one out_dir are not noticed
     fcntl = None
 
-FORMAT = 2  # nanoGPT's, without a `format` key, counts as 1
+FORMAT = 2  # nanoGPT's checkpoints have no key `format`; they count as 1
 RUN_FILES = ('ckpt.pt', 'last.pt', 'last.prev.pt', 'log.jsonl', 'loss.png', 'tensorboard')
 
 
 def _check_plain(value, where):
-    """Raise UserError where `value` holds anything that a safe load would later refuse."""
+    """Raise UserError if `value` holds anything that a safe load would refuse later."""
     if isinstance(value, dict):
         for key, inner in value.items():
             _check_plain(inner, f'{where}[{key!r}]')
@@ -36,78 +41,105 @@ def _check_plain(value, where):
         raise UserError(f'{where} is a {type(value).__name__}: a checkpoint holds only tensors and plain values')
 
 
-def _sync_folder(folder):
-    if hasattr(os, 'O_DIRECTORY'):  # a rename is durable once its folder is; Windows has no such call
-        fd = os.open(folder, os.O_DIRECTORY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-
-
 def _link(source, target):
-    """Make `target` the same file as `source`, in one step; a copy where there are no hard links."""
-    tmp = target.with_name(f'{target.name}.tmp.{os.getpid()}')
-    tmp.unlink(missing_ok=True)
-    try:
-        os.link(source, tmp)
-    except OSError:
-        shutil.copyfile(source, tmp)
-    os.replace(tmp, target)
+    """Make `target` the same file as `source`, in one step; a copy on file systems without hard links."""
+    with atomic_write(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:
+            shutil.copyfile(source, temporary)
 
 
-def _link_or_tell(source, target):
-    """Link as above; returns why it cannot be done, or ''. On Windows a file that another program reads stays."""
-    try:
-        _link(source, target)
-    except OSError as error:
-        target.with_name(f'{target.name}.tmp.{os.getpid()}').unlink(missing_ok=True)
-        return error.strerror or str(error)
-    return ''
-
-
-def _estimate(value):
+def _n_bytes(value):
     """Return the bytes of all tensors in `value`."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
-    inner = value.values() if isinstance(value, dict) else value if isinstance(value, (list, tuple)) else ()
-    return sum(map(_estimate, inner))
+    if isinstance(value, dict):
+        return sum(map(_n_bytes, value.values()))
+    if isinstance(value, (list, tuple)):
+        return sum(map(_n_bytes, value))
+    return 0
 
 
-def save(path, state, keep_previous=False, also=None):
-    """Write `state` to `path` so that at every instant `path` holds the old file or the new one, whole.
+def _free_space(folder):
+    """Return a phrase for the free space in `folder`, which may be gone."""
+    try:
+        return f'{shutil.disk_usage(folder).free / 2**30:.2f} GiB are free'
+    except OSError as error:
+        return f'{folder} cannot be read: {error.strerror}'
 
-    keep_previous: what `path` held before stays as NAME.prev.SUFFIX. also: a second path that gets the same file,
-    first: a run killed between the two does the steps to it again, and saves the same. Raises UserError naming what
-    cannot be written, which is then unchanged; the other path is written all the same.
+
+def save(path, state, keep_previous=False, link_as=None):
+    """Write `state` to `path` so that at every instant `path` holds the old file or the new one, complete.
+
+    keep_previous: keep what `path` held before as NAME.prev.SUFFIX. link_as: a second path for the same file. It is
+    written first, so that a run killed in between only repeats work.
+    Raises UserError naming the path that cannot be written, which is then unchanged; a failing `link_as` does not stop
+    `path` from being written.
     """
     path = Path(path)
     _check_plain(state, 'checkpoint')
-    tmp = path.with_name(f'{path.name}.tmp.{os.getpid()}')
+    missed = ''
     try:
-        with open(tmp, 'wb') as f:
-            torch.save(state, f)
-            f.flush()
-            os.fsync(f.fileno())
-        missed = _link_or_tell(tmp, Path(also)) if also is not None else ''
-        if keep_previous and path.exists():
-            _link(path, path.with_suffix(f'.prev{path.suffix}'))
-        os.replace(tmp, path)
-        _sync_folder(path.parent)
+        with atomic_write(path) as temporary:
+            with open(temporary, 'wb') as file:  # torch would write another name into the zip file for each path
+                torch.save(state, file)
+            if link_as is not None:
+                try:
+                    _link(temporary, Path(link_as))
+                except OSError as error:  # on Windows, for example, while another program reads that file
+                    missed = error.strerror or str(error)
+            if keep_previous and path.exists():
+                _link(path, path.with_suffix(f'.prev{path.suffix}'))
     except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        need, free = _estimate(state) / 2**30, shutil.disk_usage(path.parent).free / 2**30
-        raise UserError(f'could not write {path}: it needs about {need:.2f} GiB, {free:.2f} GiB are free '
-                        f'({str(error).splitlines()[0]}). What {path.name} held before is unchanged.') from error
-    finally:
-        tmp.unlink(missing_ok=True)
+        raise UserError(f'could not write {path}: it needs about {_n_bytes(state) / 2**30:.2f} GiB, '
+                        f'{_free_space(path.parent)} ({first_line(error)}). What {path.name} held before is '
+                        'unchanged.') from error
     if missed:
-        raise UserError(f'could not write {also} ({missed}); what it held before is unchanged, and {path} is written')
+        raise UserError(f'could not write {link_as} ({missed}); what it held before is unchanged, and {path} is '
+                        'written')
+
+
+@torch.no_grad()
+def has_nan(model):
+    """Return whether a parameter of `model` holds NaN or infinity. Under FSDP this rank looks at its own shards."""
+    shards = (p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters())
+    wider = {torch.float16: torch.float32}  # a sum of float16 may overflow
+    return any(not torch.isfinite(p.sum(dtype=wider.get(p.dtype))) for p in shards)  # a sum needs no extra memory
+
+
+def save_run(rt, out_dir, state, model, *, as_best, must, say=print, warn=print):
+    """Write the run's state to out_dir/last.pt; rank 0 writes, every rank must call it. Returns whether it was saved.
+
+    state: the checkpoint, complete on rank 0. model: the model whose weights it holds; if they are not all finite,
+    nothing is written. as_best: make ckpt.pt the same file; a model with adapters is merged and written there instead.
+    must: a failure is a UserError on every rank; otherwise it is a warning. say, warn: functions that print a line.
+    """
+    failure = ''
+    if rt.all_reduce_max(has_nan(model))[0]:
+        failure = f'the weights of iter {state["iter_num"]} are not finite; they were not saved'
+    elif rt.is_master:
+        say(f'saving checkpoint to {out_dir}')
+        best, adapted = Path(out_dir, 'ckpt.pt'), lora.rank_of(state['model']) > 0
+        try:
+            if as_best and adapted:
+                save(best, {**state, 'model': lora.merged(state['model'])})
+            save(Path(out_dir, 'last.pt'), state, keep_previous=True, link_as=best if as_best and not adapted else None)
+        except UserError as error:
+            failure = error.message
+    if failure and not must:
+        warn(failure)
+    failed = rt.all_reduce_max(bool(failure))[0]
+    if failed and must:
+        raise UserError(failure or 'rank 0 could not save')
+    return not failed
 
 
 def load(path, mmap=False):
     """Return the checkpoint at `path` on the CPU, verified; UserError names the file and what is wrong with it.
 
-    mmap: map the file instead of reading it, for readers that need little of it.
+    mmap: map the file into memory instead of reading it, for readers that need only a part.
     """
     path = Path(path)
     if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6):
@@ -123,7 +155,7 @@ def load(path, mmap=False):
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()
-    except Exception as error:  # zipfile meets damage with a dozen kinds of exception
+    except Exception as error:  # zipfile raises a dozen kinds of exception for damaged files
         raise UserError(f'{path} is incomplete or damaged ({size} bytes; {error})') from error
     if bad:
         raise UserError(f'{path} is corrupt: checksum mismatch in {bad}')
@@ -132,28 +164,28 @@ def load(path, mmap=False):
     except pickle.UnpicklingError as error:
         raise UserError(f'{path} holds Python objects other than tensors and plain values; refusing') from error
     except Exception as error:
-        raise UserError(f'{path} is damaged ({str(error).splitlines()[0]})') from error
+        raise UserError(f'{path} is damaged ({first_line(error)})') from error
     if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ('model', 'model_args'))):
         raise UserError(f'{path} is not a checkpoint of this program: it has no model and model_args')
     if odd := [name for name, tensor in state['model'].items() if not isinstance(tensor, torch.Tensor)]:
         raise UserError(f'{path} is not a checkpoint of this program: {odd[0]} is not a tensor')
-    state['model'] = {_bare(name): tensor for name, tensor in state['model'].items()}
+    state['model'] = {_strip_prefix(name): tensor for name, tensor in state['model'].items()}
     return state
 
 
-def _bare(name):
-    """Return a parameter's name without what torch.compile and DDP put before it in other programs' files."""
+def _strip_prefix(name):
+    """Return a parameter's name without the prefixes of torch.compile and DDP in other programs' files."""
     for prefix in ('module.', '_orig_mod.'):
         name = name.removeprefix(prefix)
     return name
 
 
-def newest(out_dir):
-    """Return (path, checkpoint) of the newest whole training state in `out_dir`, or None where there is none at all.
+def find_latest(out_dir):
+    """Return (path, checkpoint) of the newest complete training state in `out_dir`, or None if there are no files.
 
-    What is passed over is said on stderr; UserError when files are there but none is whole.
+    Skipped files are reported on stderr; UserError if there are files but none is complete.
     """
-    passed_over = []
+    skipped = []
     for name in ('last.pt', 'last.prev.pt', 'ckpt.pt'):
         path = Path(out_dir) / name
         if not path.exists():
@@ -163,18 +195,18 @@ def newest(out_dir):
             if missing := [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in state]:
                 raise UserError(f'{path} has no {" and no ".join(missing)}: a model, but not a training state')
         except UserError as error:
-            passed_over.append(error.message)
+            skipped.append(error.message)
             continue
-        for message in passed_over:
+        for message in skipped:
             print(f'warning: {message}; using {path} (iter {state.get("iter_num", 0)})', file=sys.stderr)
         return path, state
-    if passed_over:
-        raise UserError('; '.join(passed_over) + '; no whole checkpoint is left to resume from')
+    if skipped:
+        raise UserError('; '.join(skipped) + '; no whole checkpoint is left to resume from')
     return None
 
 
 def folder_problem(out_dir):
-    """Return why `out_dir` cannot be made or written, as far as looking tells, or ''."""
+    """Return why `out_dir` cannot be created or written, or '' if nothing is seen to prevent it."""
     path = Path(out_dir).absolute()
     while not path.exists():
         path = path.parent
@@ -182,37 +214,43 @@ def folder_problem(out_dir):
     return '' if writable else f'out_dir {str(out_dir)!r} is not a writable folder; choose another'
 
 
-def claim(out_dir):
-    """Make `out_dir` and hold it for this process; returns the lock to keep while running.
+def lock_out_dir(out_dir):
+    """Create `out_dir` and lock it for this process; returns the lock, to be kept open for the whole run.
 
-    Removes what a killed run left half-written. UserError where the folder cannot be written or another run has it.
+    Removes incomplete files that a killed run left. UserError if the folder cannot be written or another run uses it.
     """
     out_dir = Path(out_dir)
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
-        lock = open(out_dir / '.lock', 'a+', encoding='utf-8')
+        lock = open(out_dir / '.lock', 'a+', encoding='utf-8', errors='replace')
     except OSError as error:
         raise UserError(f'out_dir {str(out_dir)!r} is not a writable folder ({error.strerror}); '
                         'choose another') from error
+    locked = fcntl is not None
     if fcntl:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            lock.seek(0)
-            raise UserError(f'out_dir {str(out_dir)!r} is in use by {lock.read().strip() or "another run"}; '
-                            'choose another --out_dir') from None
-    lock.seek(0)
-    lock.truncate()
-    lock.write(f'pid {os.getpid()} on host {socket.gethostname()}\n')
-    lock.flush()
-    for stale in out_dir.glob('*.tmp.*'):
-        print(f'removing {stale}, left by a run that was killed', file=sys.stderr)
-        stale.unlink()
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
+                lock.seek(0)
+                raise UserError(f'out_dir {str(out_dir)!r} is in use by {lock.read().strip() or "another run"}; '
+                                'choose another --out_dir') from None
+            print(f'warning: the file system of {out_dir} has no locks ({error.strerror}), so a second run there would '
+                  'not be noticed', file=sys.stderr)
+            locked = False
+    with contextlib.suppress(OSError):  # a full disk, for example; the text is only for the message above
+        os.ftruncate(lock.fileno(), 0)
+        os.write(lock.fileno(), f'pid {os.getpid()} on host {socket.gethostname()}\n'.encode())
+    if locked:  # otherwise another run may be writing these files now
+        for path in leftovers(out_dir, RUN_FILES):
+            with contextlib.suppress(OSError):
+                path.unlink()
+                print(f'removed {path}, left by a run that was killed', file=sys.stderr)
     return lock
 
 
-def put_aside(out_dir):
-    """Move a run's files to out_dir/old-N/, so that a new one loses nothing; returns that folder, or None."""
+def archive_old_run(out_dir):
+    """Move the files of an earlier run to out_dir/old-N/; returns that folder, or None if there are no such files."""
     out_dir = Path(out_dir)
     files = [out_dir / name for name in RUN_FILES if (out_dir / name).exists()]
     if not files:

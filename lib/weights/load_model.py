@@ -6,6 +6,7 @@ import torch
 from configurator import UserError
 from lib.text import dataset, tokenizer
 from lib.weights import checkpoint, gpt2, lora
+from lib.weights.checkpoint import has_nan
 from model import GPT, GPTConfig
 
 
@@ -67,10 +68,3 @@ def state_dict_mismatch(want, have):
         if names:
             return f'{len(names)} tensors {title}, e.g. {", ".join(names[:3])}'
     return ''
-
-
-def has_nan(model):
-    """True if a parameter is NaN or infinite."""
-    params = (p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters())  # FSDP: this rank's shard
-    wide = {torch.float16: torch.float32}  # a sum could overflow float16
-    return any(not torch.isfinite(p.detach().sum(dtype=wide.get(p.dtype))) for p in params)  # a sum needs no memory

@@ -1,0 +1,55 @@
+"""Write a file whole or not at all."""
+import contextlib
+import errno
+import os
+import re
+import secrets
+from pathlib import Path
+
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # file systems that have no fsync, or none for folders
+
+
+@contextlib.contextmanager
+def atomic_write(path):
+    """Yield a temporary path in the folder of `path`; the file written there becomes `path` when the block ends.
+
+    At every instant `path` holds the old file or the new one, complete and on disk. If the block raises, or the file
+    cannot be synced or renamed, the temporary file is removed, `path` is unchanged and the error is passed on.
+
+        with atomic_write('meta.json') as temporary, open(temporary, 'w', encoding='utf-8') as file:
+            json.dump(meta, file)
+    """
+    path = Path(path)
+    temporary = path.with_name(f'{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}')  # never used by two writers
+    try:
+        with open(temporary, 'xb') as file:
+            mode = os.stat(file.fileno()).st_mode  # what the umask allows; some libraries write for their owner only
+        yield temporary
+        if os.stat(temporary).st_mode != mode:
+            os.chmod(temporary, mode)
+        _sync(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+        if hasattr(os, 'O_DIRECTORY'):  # not on Windows
+            with contextlib.suppress(OSError):  # the new file is in place; only a power failure could undo the rename
+                _sync(path.parent, os.O_DIRECTORY)
+    finally:
+        with contextlib.suppress(OSError):  # renamed already, or the folder is gone
+            temporary.unlink()
+
+
+def leftovers(folder, names):
+    """Return the temporary files that killed writers of `names` left in `folder`. The caller must hold its lock."""
+    pattern = re.compile(rf'({"|".join(map(re.escape, names))})\.tmp\.\d+(\.[0-9a-f]{{8}})?')
+    return sorted(p for p in Path(folder).iterdir() if pattern.fullmatch(p.name) and p.is_file() and not p.is_symlink())
+
+
+def _sync(path, flags):
+    """Wait until the file or folder at `path` is on disk."""
+    fd = os.open(path, flags)
+    try:
+        os.fsync(fd)
+    except OSError as error:
+        if error.errno not in NOT_SUPPORTED:
+            raise
+    finally:
+        os.close(fd)

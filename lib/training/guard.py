@@ -1,0 +1,72 @@
+"""Keeps a non-finite update out of the weights, without waiting for the device."""
+import math
+
+import torch
+
+from configurator import UserError
+
+
+class DelayedReader:
+    """Reads small tensors from the device: at once on a CPU, one call late on CUDA, so that no call waits.
+
+    delay: how many calls late, 0 or 1. The first call on CUDA has nothing to return yet and returns zeros.
+    """
+
+    def __init__(self, device):
+        self.delay, self.previous = int(device.type == 'cuda'), None
+
+    def __call__(self, tensor):
+        """Return `tensor` (n,), or that of the previous call, as a list of floats."""
+        if not self.delay:
+            return tensor.tolist()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        previous, self.previous = self.previous, (host, copied)
+        if previous is None:
+            return [0.0] * len(tensor)
+        previous[1].synchronize()
+        return previous[0].tolist()
+
+
+class Guard:
+    """Skips a non-finite update on the device, and ends the run once the host has found out.
+
+    saved_iter: the iteration of the newest checkpoint, for the message. With a gradient scaler (float16) single
+    overflows are normal: the scaler skips them, and only 20 in a row end the run.
+    """
+
+    def __init__(self, rt, scaler, out_dir, saved_iter):
+        self.rt, self.scaler, self.out_dir, self.saved_iter = rt, scaler, out_dir, saved_iter
+        self._read, self._latest, self._skipped = DelayedReader(rt.device), None, 0
+
+    def allows(self, opt, loss, grad_norm):
+        """Return whether to call opt.step(), which skips a non-finite update by itself where torch supports it.
+
+        loss, grad_norm: scalars on the device. The fused optimizers read `found_inf` there; Metal's does not.
+        """
+        self._latest = torch.stack([loss, grad_norm])
+        if self.scaler.is_enabled():
+            return True
+        bad = ~torch.isfinite(loss + grad_norm)
+        opt.found_inf = bad.float()
+        return self.rt.device.type != 'mps' or not bad
+
+    def check(self, iter_num):
+        """Raise UserError if the update before last (on CUDA) or the last one was not finite."""
+        loss, grad_norm = self._read(self._latest)
+        self._skipped = 0 if math.isfinite(loss + grad_norm) else self._skipped + 1
+        if self._skipped > (20 if self.scaler.is_enabled() else 0):
+            raise self._error(f'the loss is {loss}, the norm of its gradient {grad_norm}', iter_num - self._read.delay)
+
+    def check_losses(self, losses, iter_num):
+        """Raise UserError if an evaluation's losses are not finite."""
+        if not math.isfinite(sum(losses)):
+            raise self._error(f'the losses are {losses[0]} and {losses[1]}', iter_num)
+
+    def _error(self, found, iter_num):
+        where = f' on rank {self.rt.rank}' if self.rt.world_size > 1 else ''
+        return UserError(f'{found} at iter {iter_num}{where}; neither the update nor a checkpoint of it was kept, the '
+                         f'newest good checkpoint in {self.out_dir} is of iter {self.saved_iter}. Lower learning_rate, '
+                         'or use dtype=bfloat16 or float32 if it was float16, and resume with --init_from=resume')

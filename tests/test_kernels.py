@@ -1,0 +1,128 @@
+"""kernels.py: each function equals the plain torch.nn.functional formula that its docstring names."""
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+
+
+def random(*shape, seed=1, dtype=torch.float32):
+    return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize('n_out', [1024, 1029])
+@pytest.mark.parametrize('bias', [True, False])
+@pytest.mark.parametrize('n_rows, split', [(1, True), (64, True), (65, False)])
+def test_a_few_rows_times_a_large_matrix_use_every_thread(n_rows, split, bias, n_out, monkeypatch):
+    x, weight, calls, bmm = random(n_rows, 1, 256), random(n_out, 256, seed=2), [], torch.bmm
+    bias = random(n_out, seed=3) if bias else None
+    monkeypatch.setattr(torch, 'bmm', lambda *args: calls.append(1) or bmm(*args))
+    with torch.no_grad():
+        y = kernels.linear(x, weight, bias)
+    assert bool(calls) == split
+    torch.testing.assert_close(y, x @ weight.T + (0 if bias is None else bias), atol=1e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize('function, plain', [
+    (kernels.rms_norm, lambda x: x / (x.square().mean(-1, keepdim=True) + torch.finfo(torch.float32).eps).sqrt()),
+    (kernels.relu_squared, lambda x: x.clamp(min=0) ** 2)])
+@pytest.mark.parametrize('scale', [1.0, 1e-4])  # with the second, eps is most of what is under the root
+def test_norm_and_activation_have_the_formulas_values_and_gradients(function, plain, scale):
+    found = []
+    for f in (function, plain):
+        x = (scale * random(3, 5, 8)).requires_grad_()
+        y = f(x)
+        y.backward(random(3, 5, 8, seed=2))
+        found.append((y.detach(), x.grad))
+        with torch.no_grad():
+            torch.testing.assert_close(f(x), y.detach())
+    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize('T, S', [(6, 6), (1, 6), (3, 6)])
+def test_attention_is_the_softmax_formula(T, S, dtype, tolerance):
+    q, k, v = random(2, 3, T, 8), random(2, 3, S, 8, seed=2), random(2, 3, S, 8, seed=3)
+    scores = q @ k.mT / math.sqrt(8)
+    scores = scores.masked_fill(torch.arange(S) > torch.arange(S - T, S)[:, None], -math.inf)
+    out = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
+    torch.testing.assert_close(out.float(), scores.softmax(-1) @ v, rtol=tolerance, atol=tolerance)
+
+
+def test_attention_with_dropout_is_attention_on_average():
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 6, 4)
+    many = [t.expand(20000, -1, -1, -1) for t in (q, k, v)]
+    out = kernels.causal_attention(*many, 0.3)
+    assert not torch.equal(out[0], out[1])
+    torch.testing.assert_close(out.mean(0, keepdim=True), kernels.causal_attention(q, k, v), rtol=0, atol=0.03)
+
+
+@pytest.mark.parametrize('p', [0.1, 0.5])
+def test_dropout_zeroes_the_fraction_p_and_keeps_the_mean(p):
+    torch.manual_seed(0)
+    y = kernels.dropout(torch.ones(1_000_001), p, True)
+    assert abs(float((y == 0).float().mean()) - p) < 0.003 and abs(float(y.mean()) - 1) < 0.005
+    assert torch.equal(kernels.dropout(torch.ones(9), p, False), torch.ones(9))
+    zero = (y == 0).float()
+    assert abs(float((zero[:-1] * zero[1:]).mean()) - p * p) < 0.003  # neighbours are independent
+
+
+@pytest.mark.parametrize('cap', [0.0, 2.0])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+class TestLossInChunks:
+    def case(self, dtype, cap, chunk, monkeypatch, grads=(True, True)):
+        """The loss of 23 rows and its gradients, `chunk` rows at a time (None: all at once)."""
+        if chunk:
+            monkeypatch.setattr(kernels, 'CHUNK', chunk * 20)
+        x, w = random(23, 16).to(dtype).requires_grad_(grads[0]), random(20, 16, seed=2).requires_grad_(grads[1])
+        targets = torch.arange(23) % 20
+        targets[3:7] = -1
+        loss = kernels.linear_cross_entropy(x, w, targets, cap)
+        (loss * 7).backward()
+        return loss.detach(), x.grad, w.grad
+
+    def test_it_equals_the_loss_at_once(self, dtype, cap, monkeypatch):
+        whole = self.case(dtype, cap, None, monkeypatch)
+        close = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.03, rtol=0.03)
+        torch.testing.assert_close(self.case(dtype, cap, 5, monkeypatch), whole, **close)
+
+    def test_it_never_holds_more_logits_than_a_chunk(self, dtype, cap, monkeypatch):
+        sizes, real = [], kernels.cross_entropy
+        monkeypatch.setattr(kernels, 'cross_entropy', lambda logits, *a: sizes.append(len(logits)) or real(logits, *a))
+        self.case(dtype, cap, 5, monkeypatch)
+        assert sizes == [5, 5, 5, 5, 3]
+
+    @pytest.mark.parametrize('grads', [(True, False), (False, True)])
+    def test_frozen_parts_get_no_gradient_and_the_others_the_same(self, dtype, cap, grads, monkeypatch):
+        whole, some = self.case(dtype, cap, 5, monkeypatch), self.case(dtype, cap, 5, monkeypatch, grads)
+        for wanted, a, b in zip(grads, whole[1:], some[1:]):
+            torch.testing.assert_close(b, a) if wanted else self.is_none(b)
+
+    @staticmethod
+    def is_none(grad):
+        assert grad is None
+
+    def test_an_evaluation_computes_no_gradient(self, dtype, cap, monkeypatch):
+        expected, *_ = self.case(dtype, cap, 5, monkeypatch)
+        monkeypatch.setattr(torch.autograd, 'grad', None)
+        x, w, targets = random(23, 16).to(dtype), random(20, 16, seed=2), torch.arange(23) % 20
+        targets[3:7] = -1
+        for mode in (torch.no_grad, torch.inference_mode):
+            with mode():
+                torch.testing.assert_close(kernels.linear_cross_entropy(x, w, targets, cap), expected)
+
+
+def test_softcap_bounds_the_logits_and_zero_switches_it_off():
+    x = random(4, 5) * 100
+    assert float(kernels.softcap(x, 2.0).abs().max()) <= 2.0 and kernels.softcap(x, 0.0) is x
+    torch.testing.assert_close(kernels.softcap(x, 30.0), 30 * torch.tanh(x / 30))
+
+
+def test_disabled_kernels_are_torchs_own(monkeypatch):
+    monkeypatch.setattr(kernels, 'ENABLED', False)
+    x = random(3, 8).requires_grad_()
+    assert torch.equal(kernels.rms_norm(x), F.rms_norm(x, (8,), eps=torch.finfo(torch.float32).eps))
+    assert torch.equal(kernels.relu_squared(x), F.relu(x).square())
