@@ -1,7 +1,7 @@
 """lib/text/fold.py: a prompt in the character width of the book, and escapes in a shell."""
 import pytest
 
-from lib.text.fold import fold, never_occurs, unescape
+from lib.text.fold import fold, unescape, unknown_character
 
 BOOK = '武松道：“不要问，只管吃酒！”\n枣来。'  # full-width marks, no space
 
@@ -60,7 +60,8 @@ def test_escapes_are_read_unless_the_vocabulary_has_a_backslash(typed, chars, wa
 
 
 def test_a_stop_string_that_cannot_occur_is_found_by_its_first_unknown_character():
-    assert never_occurs('道：x', BOOK) == 'x' and never_occurs('道：', BOOK) == '' and never_occurs('', BOOK) == ''
+    assert unknown_character('道：x', BOOK) == 'x'
+    assert unknown_character('道：', BOOK) == unknown_character('', BOOK) == ''
 
 
 def test_the_two_long_prompts_of_the_tutorial_fit_water_margins_vocabulary():

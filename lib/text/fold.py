@@ -53,6 +53,6 @@ def unescape(text, chars):
     return re.sub(r'\\[ntr]', lambda m: ESCAPES[m[0]], text)
 
 
-def never_occurs(stop, chars):
-    """Return the first character of the stop string that the vocabulary `chars` lacks, '' if it has all of them."""
-    return next((char for char in stop if char not in chars), '')
+def unknown_character(text, chars):
+    """Return the first character of `text` that the vocabulary `chars` lacks, '' if it has all of them."""
+    return next((char for char in text if char not in chars), '')
