@@ -28,9 +28,9 @@ def test_behind_a_proxy_the_host_need_not_be_reachable(no_proxy, monkeypatch):
 
 
 def test_without_a_connection_the_error_comes_at_once_with_the_ways_out_first(no_proxy, monkeypatch, tmp_path):
-    hub = pytest.importorskip('huggingface_hub')
-    monkeypatch.setattr(hub.constants, 'HF_HUB_CACHE', str(tmp_path))
-    monkeypatch.setattr(hub.constants, 'ENDPOINT', 'https://127.0.0.1:1')
+    constants = pytest.importorskip('huggingface_hub.constants')
+    monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
+    monkeypatch.setattr(constants, 'ENDPOINT', 'https://127.0.0.1:1')
     began = time.monotonic()
     with pytest.raises(UserError) as told:
         gpt2.find('gpt2-medium').files()
