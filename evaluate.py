@@ -22,7 +22,7 @@ from lib.machine import runtime
 from lib.machine.device import DTYPES, device_problem, pick_device
 from lib.text import dataset as datasets
 from lib.text import read_text as read_text_room
-from lib.text.tokenizer import difference
+from lib.text.tokenizer import describe_mismatch
 from lib.training import log
 from lib.weights.load_model import load_model
 
@@ -91,7 +91,7 @@ def split_nats(model, rt, tokens, block_size, stride):
         return float(model(*rt.to_device(idx, targets))[1]) * int(fresh.sum())
 
     count = 1 + max(0, -(-(len(tokens) - 1 - block_size) // stride))
-    for window in log.watched(windows(len(tokens), block_size, stride), count, 'windows'):
+    for window in log.progress(windows(len(tokens), block_size, stride), count, 'windows'):
         if batch and (len(batch) == batch_size or window[1] != batch[0][1]):
             nats, batch = nats + score(), []
         batch.append(window)
@@ -106,7 +106,7 @@ def continuation_nats(model, rt, rows):
     """
     results = []
     firsts = range(0, len(rows), batch_size)
-    for first in log.watched(firsts, len(firsts), 'batches'):
+    for first in log.progress(firsts, len(firsts), 'batches'):
         whole = [(context + end)[-model.config.block_size - 1:] for context, end in rows[first:first + batch_size]]
         fresh = [min(len(end), len(ids) - 1) for (_, end), ids in zip(rows[first:first + batch_size], whole)]
         T = max(map(len, whole)) - 1
@@ -151,8 +151,9 @@ def run_text(model, tok, rt, state):
         data = datasets.open_dataset(dataset or trained_on, 1)
         if data.tokenizer != tok.spec:
             advice = 'leave --dataset out' if dataset not in ('', trained_on) else 'prepare it as it was in training'
-            raise UserError(f'dataset {data.name} does not fit this model: {difference(data.tokenizer, tok.spec)}; '
-                            f"{advice}, or give a text with --text=FILE, which is read with the model's tokenizer")
+            raise UserError(f'dataset {data.name} does not fit this model: '
+                            f'{describe_mismatch(data.tokenizer, tok.spec)}; {advice}, '
+                            "or give a text with --text=FILE, which is read with the model's tokenizer")
         name, tokens = f'{split} of {data.name}', getattr(data, split)
     if len(tokens) < 2:
         raise UserError(f'{name} has {len(tokens)} tokens; a loss needs at least 2')

@@ -80,18 +80,18 @@ def hf_tokenizer(tok):
     merges = [tuple(written[half] for half in halves(token, ids)) for token in ids if len(token) > 1]
     vocabulary = {written[token]: i for token, i in ids.items()}
     if tok.eot is not None:
-        vocabulary[tok.mark] = tok.eot
+        vocabulary[tok.separator] = tok.eot
     made = Tokenizer(models.BPE(vocabulary, merges))
     made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = decoders.ByteLevel()
     if tok.eot is not None:
-        made.add_special_tokens([tok.mark])
+        made.add_special_tokens([tok.separator])
     return made
 
 
 def write_tokenizer(tok, folder):
     """Write tokenizer.json and what transformers wants beside it, and the spec that this program reads."""
-    special = {} if tok.eot is None else {f'{name}_token': tok.mark for name in ('bos', 'eos', 'unk')}
+    special = {} if tok.eot is None else {f'{name}_token': tok.separator for name in ('bos', 'eos', 'unk')}
     made = hf_tokenizer(tok)
     made.save(str(folder / 'tokenizer.json'))
     kind = 'PreTrainedTokenizerFast' if tok.kind == 'char' else 'GPT2TokenizerFast'

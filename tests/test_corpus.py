@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from configurator import REPO
+from lib.text import chunks as chunks_room
 from lib.text import prepare as prepare_room
 from lib.text import read_text, tokenizer
 
@@ -270,7 +271,7 @@ def test_the_dataset_is_named_after_the_text_or_by_the_user(prepare, tmp_path):
 @pytest.mark.parametrize('kind', ['char', 'byte', 'bpe'])
 def test_a_long_text_in_pieces_has_the_ids_of_the_whole(prepare, tmp_path, monkeypatch, kind):
     monkeypatch.setattr(read_text, 'CHUNK', 100)
-    monkeypatch.setattr(prepare_room, '_WINDOW', 20)
+    monkeypatch.setattr(chunks_room, 'WINDOW', 20)
     text = TEXT + 'nospace' * 200 + '天地玄黄，宇宙洪荒。' * 50 + '\n \n\t  x' * 100
     data = prepare(put(tmp_path / 'book.txt', text), f'--tokenizer={kind}', *['--vocab_size=400'] * (kind == 'bpe'))
     edge = int(len(text) * 0.9)
@@ -289,7 +290,7 @@ def test_processes_may_be_spawned_as_on_windows(prepare, tmp_path, monkeypatch):
     import multiprocessing
     started = []
     monkeypatch.setattr(read_text, 'CHUNK', 1000)
-    monkeypatch.setattr(prepare_room, 'ProcessPoolExecutor', lambda n, **more: started.append(n) or Pool(
+    monkeypatch.setattr(chunks_room, 'ProcessPoolExecutor', lambda n, **more: started.append(n) or Pool(
         n, mp_context=multiprocessing.get_context('spawn'), **more))
     from concurrent.futures import ProcessPoolExecutor as Pool
     path = put(tmp_path / 'lines.jsonl', json_lines(LINES))
@@ -298,8 +299,8 @@ def test_processes_may_be_spawned_as_on_windows(prepare, tmp_path, monkeypatch):
 
 
 def test_the_sample_a_bpe_learns_from_is_bounded_and_even(monkeypatch):
-    monkeypatch.setattr(prepare_room, '_SAMPLE', 1000)
-    *_, sample = prepare_room._survey(((f'{i:09d}\n', True) for i in range(10_000)), np.inf)
+    monkeypatch.setattr(chunks_room, 'SAMPLE', 1000)
+    *_, sample = chunks_room.scan(((f'{i:09d}\n', True) for i in range(10_000)), np.inf)
     numbers = [int(text) for text in sample]
     assert 500 <= sum(map(len, sample)) <= 1000 and len(set(np.diff(numbers))) == 1 and numbers[-1] > 9_800
 

@@ -2,7 +2,8 @@
 import numpy as np
 import pytest
 
-from lib.text.dataset import eval_starts, eval_windows, folder, open_dataset, train_starts
+from lib.text.data_folder import folder
+from lib.text.dataset import eval_starts, open_dataset, split_batches, train_starts
 
 
 def starts(order='epochs', seed=1, n_tokens=1000, block_size=8, first=0, count=100):
@@ -70,7 +71,7 @@ def test_evaluation_windows_are_spread_evenly_from_end_to_end():
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 def test_the_whole_split_makes_every_token_but_the_first_a_target_once(workdir, world_size):
     split = open_dataset('tiny', 8).val
-    windows = [pair for rank in range(world_size) for pair in eval_windows(split, 8, 4, rank, world_size)]
+    windows = [pair for rank in range(world_size) for pair in split_batches(split, 8, 4, rank, world_size)]
     assert sum(targets.numel() for _, targets in windows) == len(split) - 1
     targets = np.concatenate([t.numpy().ravel() for _, t in windows])
     assert (np.bincount(targets) == np.bincount(split.tokens[1:])).all()
@@ -82,9 +83,9 @@ def test_targets_are_the_tokens_one_on(workdir):
 
 
 def test_a_mapped_file_reads_as_one_in_memory(workdir, monkeypatch):
-    from lib.text import dataset
+    from lib.text import data_folder
     small = open_dataset('tiny', 8).train.batch(np.arange(50), 8)
-    monkeypatch.setattr(dataset, 'IN_MEMORY', 0)
+    monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)
     mapped = open_dataset('tiny', 8).train
     assert isinstance(mapped.tokens, np.memmap)
     assert all((a == b).all() for a, b in zip(small, mapped.batch(np.arange(50), 8)))

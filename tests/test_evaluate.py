@@ -124,7 +124,7 @@ def test_a_text_that_is_not_utf8_is_refused_with_its_place_or_read_by_the_name_o
 @pytest.mark.parametrize('chars, why', [
     ('abcdefghijklmnoP', "it has characters that the model was not trained on ('P'); leave --dataset out"),
     ('abcdefghijklQRST', "it has characters that the model was not trained on ('Q', 'R', 'S' and 1 more)"),
-    ('abcdefgh', 'it has 8 different characters, the model 16, so they are numbered otherwise')])
+    ('abcdefgh', 'it has 8 different characters, the model 16, so their ids differ')])
 def test_a_dataset_of_other_characters_is_refused(run, workdir, chars, why):
     save_run(workdir)
     write_dataset(workdir / 'data' / 'other', [0, 1, 2] * 10, chars=chars)

@@ -9,7 +9,7 @@ from conftest import TINY, write_dataset
 from kit import load
 
 from configurator import UserError
-from lib.text import dataset
+from lib.text import data_folder, dataset
 
 
 def refused(run, *flags):
@@ -40,7 +40,8 @@ def test_an_unknown_dataset_lists_the_known(run, workdir):  # fault 25
     assert 'data/text/prepare.py --input=YOUR_TEXT --name=nope' in error
 
 
-@pytest.mark.parametrize('file, said', [('train.bin', 'train.bin not found'), ('UNFINISHED', 'an unfinished prepare')])
+@pytest.mark.parametrize('file, said', [('train.bin', 'train.bin not found'),
+                                         ('UNFINISHED', 'prepare was interrupted there')])
 def test_a_dataset_without_a_script_of_its_own_names_the_one_that_made_it(run, tiny, file, said):  # fault 25
     (tiny / file).unlink(missing_ok=True) if file == 'train.bin' else (tiny / file).touch()
     error = refused(run)
@@ -67,12 +68,12 @@ def test_half_a_token_is_named_with_the_size(run, tiny):  # fault 27
 
 def test_a_bin_cut_short_is_told_from_what_prepare_wrote(run, tiny):  # fault 28
     os.truncate(tiny / 'train.bin', 3000)
-    assert 'train.bin holds 1500 tokens, prepare wrote 2000' in refused(run)
+    assert 'train.bin has 1500 tokens, prepare wrote 2000' in refused(run)
 
 
 def test_an_unfinished_prepare_is_refused(run, tiny):  # fault 29
     (tiny / 'UNFINISHED').touch()
-    assert 'holds an unfinished prepare: run it again' in refused(run)
+    assert 'is unfinished: prepare was interrupted there; run it again' in refused(run)
 
 
 @pytest.mark.parametrize('split', ['train', 'val'])
@@ -102,7 +103,7 @@ def test_one_token_outside_the_vocabulary_is_found_where_it_stands(run, tiny, le
 
 def test_a_large_file_is_checked_batch_by_batch(run, tiny, monkeypatch):  # fault 31
     without_meta(tiny)
-    monkeypatch.setattr(dataset, 'IN_MEMORY', 0)  # so that it is mapped, not scanned
+    monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)  # so that it is mapped, not scanned
     ids = np.fromfile(tiny / 'train.bin', '<u2')
     ids[7::8] = 40
     ids.tofile(tiny / 'train.bin')
@@ -118,7 +119,7 @@ def test_meta_of_another_text_is_refused(run, tiny):  # fault 33
 
 
 def test_a_bin_cut_short_while_training_ends_in_a_line(run, tiny, monkeypatch):  # fault 35
-    monkeypatch.setattr(dataset, 'IN_MEMORY', 0)
+    monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)
     real, calls = dataset.Split.batch, []
 
     def batch(self, *args):
@@ -128,7 +129,7 @@ def test_a_bin_cut_short_while_training_ends_in_a_line(run, tiny, monkeypatch): 
         return real(self, *args)
     monkeypatch.setattr(dataset.Split, 'batch', batch)
     done = run('train.py', *TINY)
-    assert done.status == 1 and 'train.bin was cut short while it was being read' in done.last_error
+    assert done.status == 1 and 'train.bin was truncated while it was being read' in done.last_error
     assert load('out/last.pt')['iter_num'] == 0
 
 
@@ -177,6 +178,6 @@ def test_uint32_ids_are_read_as_meta_says(run, workdir):  # fault 32: what prepa
     with pytest.raises(UserError, match='sha256'):
         dataset.open_dataset('big', 8)
     for split in ('train', 'val'):
-        meta['splits'][split]['sha256'] = dataset.hashlib.sha256((folder / f'{split}.bin').read_bytes()).hexdigest()
+        meta['splits'][split]['sha256'] = data_folder.hashlib.sha256((folder / f'{split}.bin').read_bytes()).hexdigest()
     (folder / 'meta.json').write_text(json.dumps(meta), encoding='utf-8')
     assert dataset.open_dataset('big', 8).train.batch(np.array([0]), 8)[0][0, 0] == 69_680

@@ -11,8 +11,9 @@ import threading
 import pytest
 
 from configurator import REPO
+from lib.text import chunks as chunks_room
+from lib.text import data_folder, read_text, tokenizer
 from lib.text import prepare as prepare_room
-from lib.text import read_text, tokenizer
 
 TEXT = 'some text to prepare, line after line\n' * 100
 
@@ -68,7 +69,7 @@ def kill(function, at):
         return function(*args, **kwargs)
     return wrapped
 os.{name} = kill(os.{name}, {at})
-prepare_room.prepare({script!r})
+prepare.prepare({script!r})
 """
 
 
@@ -121,14 +122,14 @@ def test_a_full_disk_leaves_the_old_dataset_and_no_temporary_file(script, prepar
             f'resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000)); prepare({str(script)!r})')
     done = subprocess.run([sys.executable, '-c', code, tmp_path / 'a.txt'], capture_output=True, text=True)
     assert done.returncode == 1 and 'Traceback' not in done.stderr
-    assert 'File too large; mend that and try again' in done.stderr
+    assert 'File too large; fix that and try again' in done.stderr
     assert contents(script.parent) == before
 
 
 def test_ctrl_c_ends_plainly_and_leaves_no_temporary_file(script, prepare, tmp_path, monkeypatch, capfd):
     def interrupt(*_):
         raise KeyboardInterrupt
-    monkeypatch.setattr(prepare_room, '_work', interrupt)
+    monkeypatch.setattr(chunks_room, '_tokenize_chunk', interrupt)
     with pytest.raises(SystemExit) as end:
         prepare(put(tmp_path / 'a.txt', TEXT))
     assert end.value.code == 130 and not contents(script.parent)
@@ -141,7 +142,7 @@ def test_an_id_beyond_the_vocabulary_is_never_written(script, tmp_path):
     coder = tokenizer.from_spec({'kind': 'byte'})
     with pytest.raises(AssertionError, match='70000'):
         jobs = [('train', np.array([70000], '<u4'), 1, 1), ('val', np.array([1]), 1, 1)]
-        prepare_room.write(script.parent, coder, jobs)
+        data_folder.write(script.parent, coder, jobs)
     assert not contents(script.parent)
 
 
@@ -280,14 +281,14 @@ def test_a_bad_line_of_json_is_named(prepare, tmp_path, capfd, line, reason):
 
 def test_json_that_is_one_list_is_not_taken_for_text(prepare, tmp_path, capfd):
     path = put(tmp_path / 'poems.json', json.dumps([{'text': 'a'}, {'text': 'b'}], indent=1))
-    assert 'is JSON, but not one object a line' in fails(capfd, lambda: prepare(path))
+    assert 'is JSON, but not one object per line' in fails(capfd, lambda: prepare(path))
 
 
 def test_parquet_without_the_key_names_the_columns(prepare, tmp_path, capfd):
     pyarrow = pytest.importorskip('pyarrow')
     from pyarrow import parquet
     parquet.write_table(pyarrow.table({'body': ['x']}), tmp_path / 'a.parquet')
-    assert 'no key text among body; say --text_key=' in fails(capfd, lambda: prepare(tmp_path / 'a.parquet'))
+    assert 'no key text among body; use --text_key=' in fails(capfd, lambda: prepare(tmp_path / 'a.parquet'))
 
 
 @pytest.mark.parametrize('damage', [lambda raw: raw[:-9], lambda raw: raw[:-4] + b'xxxx', lambda raw: raw[:10] + b'x'])
@@ -349,7 +350,7 @@ def test_a_dataset_with_a_script_of_its_own_is_never_overwritten(tmp_path, monke
     monkeypatch.setattr(sys, 'argv', ['prepare.py', str(put(tmp_path / 'plays.txt', TEXT)), *flags])
     put(tmp_path / 'data' / 'plays' / 'prepare.py', '')
     message = fails(capfd, lambda: prepare_room.prepare(tmp_path / 'data' / 'text' / 'prepare.py'))
-    assert 'data/plays has a prepare.py of its own; choose another name with --name=' in message
+    assert 'data/plays has its own prepare.py; choose another name with --name=' in message
     assert list(contents(tmp_path / 'data' / 'plays')) == ['prepare.py']
 
 
@@ -379,13 +380,13 @@ def test_what_a_dataset_held_is_told_when_it_is_replaced(prepare, script, tmp_pa
     assert told(one, other, '--tokenizer=byte') == [f'data/x held 3,800 tokens (char) of {other}, which this replaced']
     assert told(one) == [f'data/x held 7,602 tokens (byte) of {one} {other}, which this replaced']
     (script.parent / 'meta.json').write_text('[]', encoding='utf-8')
-    assert told(one) == ['data/x held a train.bin of 6,840 bytes and no whole meta.json, which this replaced']
+    assert told(one) == ['data/x held a train.bin of 6,840 bytes without a valid meta.json, which this replaced']
 
 
 def test_a_worker_that_dies_ends_prepare_with_a_line(prepare, tmp_path, capfd, monkeypatch):
     monkeypatch.setattr(read_text, 'CHUNK', 500)
-    monkeypatch.setattr(prepare_room, '_WINDOW', 50)
-    monkeypatch.setattr(prepare_room, '_work', functools.partial(die, os.getpid()))
+    monkeypatch.setattr(chunks_room, 'WINDOW', 50)
+    monkeypatch.setattr(chunks_room, '_tokenize_chunk', functools.partial(die, os.getpid()))
     message = fails(capfd, lambda: prepare(put(tmp_path / 'a.txt', TEXT), '--tokenizer=bpe', '--num_proc=2'))
     assert 'a worker process died' in message and '--num_proc=1' in message
 

@@ -10,7 +10,7 @@ from kit import differences
 
 from configurator import UserError
 from lib.text import dataset
-from lib.text.prepare import digest
+from lib.text.data_folder import digest
 from lib.weights import checkpoint
 
 

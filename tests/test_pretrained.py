@@ -276,7 +276,7 @@ def test_what_was_fine_tuned_is_sampled(run, finetune_dir):
     pytest.importorskip('tiktoken')
     run('train.py', *FINETUNE, '--max_iters=2')
     done = run('sample.py', '--device=cpu', '--num_samples=2', '--max_new_tokens=3', '--start=a')
-    if 'BPE file could not be had' in done.err:
+    if 'BPE file could not be loaded' in done.err:
         pytest.skip("GPT-2's BPE files are not here")
     assert done.status == 0 and done.out.count('-' * 15) == 2, done.err
 

@@ -176,7 +176,7 @@ def test_without_streaming_a_sample_is_printed_when_it_is_whole(capsys, monkeypa
 
 def test_an_end_of_text_mark_in_the_prompt_becomes_that_token():
     tok = ByteTokenizer()
-    tok.eot, tok.mark = 7, '<|endoftext|>'
+    tok.eot, tok.separator = 7, '<|endoftext|>'
     assert sample.encode_start('<|endoftext|>a<|endoftext|>', tok) == [7, 97, 7]
 
 

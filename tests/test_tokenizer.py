@@ -11,7 +11,8 @@ import torch
 
 from configurator import REPO
 from lib.text import tokenizer
-from lib.text.tokenizer import SAFE_CUT, CharTokenizer, TextError, from_nanogpt_meta, from_spec, train_bpe
+from lib.text.data_folder import from_nanogpt_meta
+from lib.text.tokenizer import SAFE_SPLIT, CharTokenizer, TextError, from_spec, train_bpe
 
 if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared))
@@ -59,7 +60,7 @@ def test_decoding_what_was_encoded_gives_the_text_back(coder, name):
 
 @pytest.mark.parametrize('name', HOSTILE)
 def test_packing_gives_the_ids_of_encode(coder, name):
-    assert coder.pack([(HOSTILE[name], False)]).tolist() == coder.encode(HOSTILE[name])
+    assert coder.encode_documents([(HOSTILE[name], False)]).tolist() == coder.encode(HOSTILE[name])
 
 
 def test_packing_puts_one_mark_after_each_document(coder):
@@ -68,12 +69,12 @@ def test_packing_puts_one_mark_after_each_document(coder):
         coder = CharTokenizer(''.join(sorted(set('\n' + ''.join(texts)))))
     mark = [coder.eot] if coder.eot is not None else coder.encode('\n')
     expected = [i for text in texts for i in coder.encode(text) + mark]
-    assert coder.pack([(text, True) for text in texts]).tolist() == expected
+    assert coder.encode_documents([(text, True) for text in texts]).tolist() == expected
 
 
 def test_ten_megabytes_without_a_newline_come_back(coder):
     text = '天地玄黄，宇宙洪荒' * 400_000
-    assert coder.decode(coder.pack([(text, False)])) == text
+    assert coder.decode(coder.encode_documents([(text, False)])) == text
 
 
 def test_an_end_of_text_typed_by_a_user_is_plain_text():
@@ -165,7 +166,7 @@ def test_cutting_at_any_safe_place_changes_no_id(merger, seed):
     coder, rng = merger, random.Random(seed)
     text = ''.join(rng.choices(NASTY, k=300))
     whole = coder.encode(text)
-    places = [match.end() for match in SAFE_CUT.finditer(text)]
+    places = [match.end() for match in SAFE_SPLIT.finditer(text)]
     assert places
     for at in places:
         assert coder.encode(text[:at]) + coder.encode(text[at:]) == whole, (at, text[at - 3:at + 3])
@@ -176,22 +177,22 @@ def test_packing_splits_any_text_as_encode_does(merger, seed):
     coder, rng = merger, random.Random(seed)
     texts = [''.join(rng.choices(NASTY, k=rng.randrange(12))) for _ in range(60)]
     expected = [i for text in texts for i in coder.encode(text) + [coder.eot]]
-    assert coder.pack([(text, True) for text in texts]).tolist() == expected
+    assert coder.encode_documents([(text, True) for text in texts]).tolist() == expected
 
 
 @pytest.mark.parametrize('kept', [tokenizer.CUT, tokenizer.END])
 def test_packing_takes_its_own_marks_for_text_where_a_text_holds_them(merger, kept):
     texts = [f'a  b{kept}c \n', '  d']
     expected = [i for text in texts for i in merger.encode(text) + [merger.eot]]
-    assert merger.pack([(text, True) for text in texts]).tolist() == expected
+    assert merger.encode_documents([(text, True) for text in texts]).tolist() == expected
 
 
 def test_a_text_without_a_safe_place_is_not_cut():
-    assert train_bpe(['a'], 257).cut('a' * 1000, 500) == -1
+    assert train_bpe(['a'], 257).safe_split('a' * 1000, 500) == -1
 
 
 def test_a_cut_is_found_at_or_after_the_place_asked_for():
-    assert train_bpe(['a'], 257).cut('one two three', 4) == 7
+    assert train_bpe(['a'], 257).safe_split('one two three', 4) == 7
 
 
 # A trained BPE

@@ -1,14 +1,14 @@
-"""Sums, differences, products and quotients of numbers up to 99, one a line, a tenth of them held out for validation.
+"""Sums, differences, products and quotients of numbers up to 99, one per line; a tenth is held out for validation.
 
     python data/arithmetic/prepare.py
 
-A line is what a user types, up to the first =, the steps that lead to the answer, and the answer behind the last =:
+A line is the problem, up to the first =, then the steps of the calculation, and the answer after the last =:
 
     12+34=46
     12-34=-22
-    47*38=0266+1520~6871=1786      7*38 and 40*38, then their sum from the last digit to the first
-    47/12=0:47 1:35 2:23 3:11=3r11 how often 12 was taken away, and what is left each time; quotient and remainder
-    97/4=0:9 1:5 2:1>0:17 1:13 2:9 3:5 4:1=24r1   long division: the tens (9), then what is left of them and 7
+    47*38=0266+1520~6871=1786      7*38 and 40*38, then their sum with its digits reversed
+    47/12=0:47 1:35 2:23 3:11=3r11 how often 12 was subtracted : what is left; then quotient and remainder
+    97/4=0:9 1:5 2:1>0:17 1:13 2:9 3:5 4:1=24r1   long division: first the tens (9), then their remainder and the 7
 
 A problem and its mirror image (34+12) are held out together.
 """
@@ -20,13 +20,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib.text.prepare import prepare
 
 
-def take_away(b, x):
-    """Return how b is taken away from x until less than b is left, which is so within nine times."""
+def subtract(b, x):
+    """Return the steps of subtracting b from x until less than b is left; there are at most nine."""
     return ' '.join(f'{k}:{x - k * b}' for k in range(x // b + 1))
 
 
 def line(a, op, b):
-    """Return the problem with its steps and its answer."""
+    """Return the line of one problem: the problem, its steps and its answer."""
     if op in '+-':
         return f'{a}{op}{b}={a + b if op == "+" else a - b}'
     if op == '*':
@@ -34,8 +34,8 @@ def line(a, op, b):
     left, steps = a, ''
     if a // 10 >= b:
         left = a // 10 % b * 10 + a % 10
-        steps = f'{take_away(b, a // 10)}>'
-    return f'{a}/{b}={steps}{take_away(b, left)}={a // b}' + (f'r{a % b}' if a % b else '')
+        steps = f'{subtract(b, a // 10)}>'
+    return f'{a}/{b}={steps}{subtract(b, left)}={a // b}' + (f'r{a % b}' if a % b else '')
 
 
 def problems(seed=1337):
@@ -45,19 +45,20 @@ def problems(seed=1337):
         pairs = [(a, b) for a in range(100) for b in range(op == '/', 100)]
         families = sorted({tuple(sorted(pair)) if op in '+*' else pair for pair in pairs})
         rng.shuffle(families)
-        held, wanted = set(), len(pairs) / 10
+        held_out, wanted = set(), len(pairs) / 10
         for a, b in families:
-            if len(held) < wanted:
-                held |= {(a, b), (b, a)} if op in '+*' else {(a, b)}
+            if len(held_out) < wanted:
+                held_out |= {(a, b), (b, a)} if op in '+*' else {(a, b)}
         for a, b in pairs:
-            (val if (a, b) in held else train).append(line(a, op, b))
+            split = val if (a, b) in held_out else train
+            split.append(line(a, op, b))
     rng.shuffle(train)
     rng.shuffle(val)
     return train, val
 
 
 def write_problems(folder):
-    """Write both files and return [the training one]."""
+    """Write both files to `folder` and return [the path of the training file]."""
     folder.mkdir(exist_ok=True)
     for name, lines in zip(('input-train', 'input-val'), problems(), strict=True):
         (folder / name).write_text('\n'.join(['', *lines, '']), encoding='utf-8', newline='')

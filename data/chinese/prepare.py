@@ -1,8 +1,8 @@
-"""Chinese text of your own in GPT-2's BPE: put it at data/chinese/input.txt, or name it.
+"""Your own Chinese text in GPT-2's BPE: put it at data/chinese/input.txt, or pass --input.
 
     python data/chinese/prepare.py [--input=PATH ...] [--encoding=gb18030]
 
-GPT-2's tokens spend two or three ids on a Chinese character; --tokenizer=bpe learns ones that fit.
+GPT-2's BPE needs two or three ids per Chinese character. --tokenizer=bpe trains a better one on the text.
 """
 import sys
 from pathlib import Path

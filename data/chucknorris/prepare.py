@@ -1,4 +1,4 @@
-"""Chuck Norris facts, one a line, in GPT-2's BPE: a small text to fine-tune GPT-2 on.
+"""Chuck Norris facts, one per line, in GPT-2's BPE: a small text to fine-tune GPT-2 on.
 
     python data/chucknorris/prepare.py [--input=facts.txt]
 """
@@ -11,16 +11,16 @@ from configurator import UserError
 from lib.text.prepare import prepare
 from lib.text.read_text import download
 
-URL = 'https://api.chucknorris.io/jokes/search?query=chuck'  # answers with all facts that hold the word
+URL = 'https://api.chucknorris.io/jokes/search?query=chuck'  # returns all facts that contain the word
 
 
 def fetch_facts(folder):
-    """Download the facts and return [a file with one a line]."""
+    """Download the facts and return [the path of a file with one fact per line]."""
     answer = download(URL, folder / 'input.json')
     try:
         facts = [' '.join(fact['value'].split()) for fact in json.loads(answer.read_text(encoding='utf-8'))['result']]
     except (ValueError, KeyError, TypeError):
-        raise UserError(f'{URL} answered with something else; give a file of facts: --input=PATH') from None
+        raise UserError(f'{URL} did not return a list of facts; give a file of facts: --input=PATH') from None
     path = folder / 'input.facts'
     path.write_text('\n'.join(dict.fromkeys(facts)) + '\n', encoding='utf-8', newline='')
     return [str(path)]

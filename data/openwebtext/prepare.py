@@ -3,8 +3,8 @@
     python data/openwebtext/prepare.py                  streamed from the hub
     python data/openwebtext/prepare.py --input=FOLDER   from its parquet files
 
-Train has about 9.04 billion tokens, val 4.4 million. Nothing is kept on disk but
-the result: 18 GB at the peak, 36 where it replaces an older one.
+The training split has about 9.04 billion tokens, the validation split 4.4 million. Only the result is stored
+on disk: at most 18 GB, or 36 GB while it replaces an older one.
 """
 import sys
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The Python standard library's own source, found on this machine: about 11 MB of text without a download.
+"""The source of the Python standard library on this machine: about 11 MB of text, without a download.
 
     python data/python_char/prepare.py
 """

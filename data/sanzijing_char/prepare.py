@@ -1,4 +1,4 @@
-"""The Three Character Classic (sanzijing): 1,519 characters, one id per character. A small model recites it.
+"""The Three Character Classic (sanzijing): 1,519 characters, one id per character. A small model memorises it.
 
     python data/sanzijing_char/prepare.py [--input=sanzijing.txt]
 """

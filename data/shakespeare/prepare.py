@@ -1,4 +1,4 @@
-"""Tiny Shakespeare (1.1 MB of plays) in GPT-2's BPE, the text to fine-tune GPT-2 on.
+"""Tiny Shakespeare (1.1 MB of plays) in GPT-2's BPE, for fine-tuning GPT-2.
 
     python data/shakespeare/prepare.py [--input=PATH]
 """

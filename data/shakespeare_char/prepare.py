@@ -1,4 +1,4 @@
-"""Tiny Shakespeare (1.1 MB of plays), one id a character.
+"""Tiny Shakespeare (1.1 MB of plays), one id per character.
 
     python data/shakespeare_char/prepare.py [--input=PATH]
 """

@@ -1,8 +1,8 @@
-"""Water Margin and its sequels (15.3 MB) in GPT-2's BPE, with the lines shuffled, always in the same way.
+"""Water Margin and its sequels (15.3 MB) in GPT-2's BPE. The lines are shuffled, in the same order every time.
 
     python data/shuixu_full/prepare.py [--input=FOLDER_WITH_THE_BOOKS]
 
-Shuffled lines give the validation split the same mix of books and authors as the training split.
+Shuffling gives the validation split the same mix of books and authors as the training split.
 """
 import random
 import sys
@@ -14,7 +14,7 @@ from lib.text.sources import SHUIXU_FULL
 
 
 def shuffle_lines(text):
-    """Return the lines of `text` in an order that depends on nothing but their number."""
+    """Return the lines of `text` in a random order that depends only on their number."""
     lines = text.splitlines()
     random.Random(1337).shuffle(lines)
     return '\n'.join(lines) + '\n'

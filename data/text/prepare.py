@@ -1,4 +1,4 @@
-"""Any text of your own: files, folders, globs, JSON lines, parquet, gzip, or a dataset of the hub.
+"""Your own text: files, folders, globs, JSON lines, parquet, gzip, or a dataset on the Hugging Face hub.
 
     python data/text/prepare.py --input=book.txt --name=mybook --tokenizer=char
 """

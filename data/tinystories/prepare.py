@@ -1,6 +1,6 @@
-"""TinyStories (https://arxiv.org/abs/2305.07759): short tales in the words of a three-year-old, in GPT-2's BPE.
+"""TinyStories (https://arxiv.org/abs/2305.07759): short stories in the words of a small child, in GPT-2's BPE.
 
-    python data/tinystories/prepare.py                  streamed from the hub, 1 GB to read, about 1 GB of .bin
+    python data/tinystories/prepare.py                  streamed from the hub (1 GB), about 1 GB of .bin files
     python data/tinystories/prepare.py --input=TinyStoriesV2-GPT4-train.txt --val_input=TinyStoriesV2-GPT4-valid.txt
 """
 import sys

@@ -1,53 +1,54 @@
-"""From text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE trained on one's own text.
+"""From text to token ids and back: characters, bytes, GPT-2's BPE, or a BPE trained on your own text.
 
-Whatever its kind, a tokenizer has
-    kind, vocab_size    'char', 'byte', 'gpt2' or 'bpe'; ids run from 0 to vocab_size - 1
-    spec                plain values from which `from_spec` makes it again; stands in meta.json and in checkpoints
-    eot                 the id of end-of-text, or None where the kind has none (char, byte)
-    mark, start_ids     what follows each of many documents: end-of-text, else a newline; [its id] begins a sample
-    encode(text)        list of ids; a TextError (a ValueError) names a character that the vocabulary lacks
-    decode(ids)         text; bytes that are no UTF-8 become U+FFFD
-    decode_bytes(ids)   UTF-8 bytes; never fails on half a character, so a stream can wait for the rest
-    pack(pieces)        the ids of many pieces at once: [(text, True where a document ends), ...] to a numpy array
-    cut(text, start)    the first place from `start` on where text may be cut without changing its ids, or -1
+Every tokenizer has
+    kind, vocab_size          'char', 'byte', 'gpt2' or 'bpe'; ids run from 0 to vocab_size - 1
+    spec                      plain values from which `from_spec` rebuilds it; saved in meta.json and in checkpoints
+    eot                       the id of end-of-text, or None if the kind has none (char, byte)
+    separator                 the text after each of several documents: end-of-text, or a newline if eot is None
+    start_ids                 the ids that a sample without a prompt starts from
+    encode(text)              list of ids; TextError (a ValueError) names a character that the vocabulary lacks
+    decode(ids)               text; bytes that are not valid UTF-8 become U+FFFD
+    decode_bytes(ids)         UTF-8 bytes; works on an incomplete character, so that a stream can wait for the rest
+    encode_documents(pieces)  the ids of several pieces, [(text, True if a separator follows), ...], as a numpy array
+    safe_split(text, start)   the first position >= start at which splitting text changes no id, or -1
 """
-import pickle
 import re
 import unicodedata
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
 
 EOT = '<|endoftext|>'
-# The ways GPT-2 splits text before merging bytes; see https://github.com/openai/tiktoken (the pattern is its own).
+# How GPT-2 splits text before it merges bytes; the pattern is that of https://github.com/openai/tiktoken.
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# No match of that pattern holds a visible character followed by white space, nor a letter or digit followed by a
-# punctuation mark, and its look-ahead matters only after white space. So behind such a character a new match surely
-# begins, the text before it splits as it would alone, and so does the text after it.
-SAFE_CUT = re.compile(r'\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?)，。；：！？、）」』”])')
-# Looking ahead makes the split slow. All that it does is to leave the last white space before a visible character out
-# of a run; text with a CUT put there is split in the same places by QUICK_SPLIT, more than twice as fast.
+# No match of GPT2_SPLIT contains a visible character followed by white space, or a letter or digit followed by a
+# punctuation mark, and the pattern looks ahead only after white space. After such a character a new match always
+# begins, so the texts on both sides are split as they would be alone.
+SAFE_SPLIT = re.compile(r'\S(?=[ \t\r\n\u3000])|[^\W_](?=[,.;:!?)，。；：！？、）」』”])')
+# Look-ahead makes GPT2_SPLIT slow. It only keeps the last white space before a visible character out of a run of white
+# space. QUICK_SPLIT has no look-ahead and is more than twice as fast; a CUT inserted at that place gives the same
+# result: 'a   b' is split into 'a', '  ', ' b' by GPT2_SPLIT, and so is 'a  CUT b' by QUICK_SPLIT.
 QUICK_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+"""
-CUT, END = '\ufdd0', '\ufdd1'  # Unicode keeps these two for a program's own use; END marks the end of a document
-WHITE = np.zeros(0x110000, bool)  # what \s means to tiktoken's regular expressions
+CUT, END = '\ufdd0', '\ufdd1'  # Unicode reserves both for internal use; END marks the end of a document
+WHITE = np.zeros(0x110000, bool)  # code point -> does it match \s in tiktoken's regular expressions?
 WHITE[[*range(9, 14), 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029, 0x202f, 0x205f, 0x3000]] = True
 GPT2_MERGES = ('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
                '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')  # its sha256
-TWINS = dict(zip('."\'<>-$', '。“‘《》—￥', strict=True))  # marks whose usual Chinese form is not their full-width form
+# characters whose usual Chinese counterpart is not their full-width form
+CHINESE_FORMS = dict(zip('."\'<>-$', '。“‘《》—￥', strict=True))
 
 
 class TextError(UserError, ValueError):
-    """What is wrong with a text or a tokenizer's file: a ValueError to whoever catches it, else a line to the user."""
+    """A text or tokenizer file is invalid. Code can catch it as a ValueError; uncaught, it ends with one line."""
 
-    def __reduce__(self):  # it travels from worker processes
+    def __reduce__(self):  # so that it can be sent from a worker process
         return TextError, (self.message,)
 
 
 def encoded(text, codec='utf-8'):
-    """Return `text` as bytes; raises TextError where it holds half of a surrogate pair, which is no text."""
+    """Return `text` as bytes; TextError if it contains half of a surrogate pair, which no encoding allows."""
     try:
         return text.encode(codec)
     except UnicodeEncodeError as error:
@@ -56,7 +57,7 @@ def encoded(text, codec='utf-8'):
 
 
 def _check_range(ids, vocab_size):
-    """Return `ids` as an int64 array, or raise TextError where one lies outside the vocabulary."""
+    """Return `ids` as an int64 array; TextError if one is outside the vocabulary."""
     ids = np.asarray(ids, dtype=np.int64).reshape(-1)
     if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
         bad = ids[(ids < 0) | (ids >= vocab_size)][0]
@@ -65,35 +66,43 @@ def _check_range(ids, vocab_size):
 
 
 class _Tokenizer:
-    """What all kinds share; each adds encode, decode_bytes and pack."""
+    """The common part. Each kind adds decode_bytes, and either _ids or encode and encode_documents."""
 
-    eot, mark = None, '\n'
+    eot, separator = None, '\n'
 
     @property
     def start_ids(self):
-        """The natural beginning of a text: [end-of-text], else [newline], else [0]."""
+        """Where a text naturally begins: [end-of-text] if the kind has one, else [newline], else [0]."""
         return [self.eot] if self.eot is not None else [10]
 
     @property
     def dtype(self):
-        """The numpy dtype of .bin files: uint16 while every id fits, else uint32; little-endian."""
+        """The numpy dtype of .bin files: little-endian uint16 if every id fits, else uint32."""
         return '<u2' if self.vocab_size <= 1 << 16 else '<u4'
 
     def decode(self, ids):
         return self.decode_bytes(ids).decode('utf-8', errors='replace')
 
-    def cut(self, text, start):
+    def safe_split(self, text, start):
         return start
 
-    def pack(self, pieces):
-        return self._ids(''.join([text + self.mark if ends else text for text, ends in pieces]))
+    def encode_documents(self, pieces):
+        return self._ids(''.join([text + self.separator if is_last else text for text, is_last in pieces]))
 
     def encode(self, text):
         return self._ids(text).tolist()
 
 
+def _similar_characters(char):
+    """Return characters that are easily confused with `char`: full-width, normalised and Chinese forms."""
+    full_width = chr(ord(char) + 0xFEE0) if '!' <= char <= '~' else '\u3000' if char == ' ' else ''
+    found = [full_width, unicodedata.normalize('NFKC', char), CHINESE_FORMS.get(char, '')]
+    found += [ascii for ascii, chinese in CHINESE_FORMS.items() if chinese == char]
+    return [similar for similar in found if len(similar) == 1 and similar != char]
+
+
 class CharTokenizer(_Tokenizer):
-    """One id for each distinct character; `chars` is the vocabulary, in the order of the ids."""
+    """One id per distinct character; `chars` is the vocabulary, in the order of the ids."""
 
     kind = 'char'
 
@@ -118,11 +127,9 @@ class CharTokenizer(_Tokenizer):
     def _unknown(self, char):
         name = f"'{char}' (U+{ord(char):04X})" if char.isprintable() else f'U+{ord(char):04X}'
         message = f"character {name} is not in this model's {self.vocab_size:,}-character vocabulary"
-        wide = chr(ord(char) + 0xFEE0) if '!' <= char <= '~' else '\u3000' if char == ' ' else ''
-        for twin in (wide, unicodedata.normalize('NFKC', char), TWINS.get(char),
-                     next((ascii for ascii, usual in TWINS.items() if usual == char), '')):
-            if twin and twin != char and twin in self.chars:
-                return f"{message}; it has '{twin}' (U+{ord(twin):04X})"
+        for similar in _similar_characters(char):
+            if similar in self.chars:
+                return f"{message}; it has '{similar}' (U+{ord(similar):04X})"
         return message
 
     def decode_bytes(self, ids):
@@ -130,7 +137,7 @@ class CharTokenizer(_Tokenizer):
 
 
 class ByteTokenizer(_Tokenizer):
-    """The 256 byte values of UTF-8: no vocabulary to learn, and nothing is ever unknown."""
+    """The 256 byte values of UTF-8: there is no vocabulary to learn, and no text is unknown."""
 
     kind, vocab_size, spec = 'byte', 256, {'kind': 'byte'}
 
@@ -142,13 +149,13 @@ class ByteTokenizer(_Tokenizer):
 
 
 class BPETokenizer(_Tokenizer):
-    """Byte pair encoding, run by tiktoken: GPT-2's own, or one that was trained (see `bpe`).
+    """Byte pair encoding, run by tiktoken: GPT-2's own, or a trained one (see `bpe`).
 
-    load: a function that returns the tiktoken Encoding; called when the first text comes, so that training on token
-    ids needs neither tiktoken nor GPT-2's files.
+    load: a function from the module tiktoken to an Encoding. It is called when the first text is encoded or decoded,
+    so that training on token ids needs neither tiktoken nor GPT-2's files.
     """
 
-    mark = EOT
+    separator = EOT
 
     def __init__(self, spec, vocab_size, load):
         self.kind, self.spec, self.vocab_size, self.eot = spec['kind'], spec, vocab_size, vocab_size - 1
@@ -163,7 +170,7 @@ class BPETokenizer(_Tokenizer):
         return self._load(tiktoken)
 
     @cached_property
-    def _quick(self):
+    def _quick_encoding(self):
         exact = self._encoding
         return type(exact)('quick', pat_str=QUICK_SPLIT, mergeable_ranks=exact._mergeable_ranks,
                            special_tokens={END: self.eot, CUT: self.vocab_size})
@@ -172,30 +179,42 @@ class BPETokenizer(_Tokenizer):
         encoded(text)
         return self._encoding.encode_ordinary(text)
 
-    def pack(self, pieces):
-        """As the module says; many documents go in one call, which is faster than one by one."""
-        joined = ''.join([text + END if ends else text for text, ends in pieces])
-        if CUT in joined or joined.count(END) != sum(ends for _, ends in pieces):  # the text has such a character
-            return np.array([i for text, ends in pieces for i in self.encode(text) + [self.eot] * ends], self.dtype)
+    def encode_documents(self, pieces):
+        """Return the ids of all pieces, with one call of tiktoken, which is faster than one call per document.
+
+        [('one', True), ('two', True)] -> encode('one') + [eot] + encode('two') + [eot], as a numpy array
+        """
+        joined = ''.join([text + END if is_last else text for text, is_last in pieces])
+        if CUT in joined or joined.count(END) != sum(is_last for _, is_last in pieces):
+            return self._encode_one_by_one(pieces)  # the text itself contains one of the two reserved characters
         codes = np.frombuffer(encoded(joined, 'utf-32-le'), '<u4')
         white = WHITE[codes]
-        before_last = white[:-2] & white[1:-1] & ~white[2:] & (codes[2:] != ord(END))
-        marked = np.insert(codes, np.flatnonzero(before_last) + 1, ord(CUT)).tobytes().decode('utf-32-le')
-        ids = self._quick.encode_to_numpy(marked, allowed_special='all')
-        return ids[ids != self.vocab_size].astype(self.dtype)
+        before_last = white[:-2] & white[1:-1] & ~white[2:] & (codes[2:] != ord(END))  # see QUICK_SPLIT
+        with_cuts = np.insert(codes, np.flatnonzero(before_last) + 1, ord(CUT)).tobytes().decode('utf-32-le')
+        ids = self._quick_encoding.encode_to_numpy(with_cuts, allowed_special='all')
+        return ids[ids != self.vocab_size].astype(self.dtype)  # CUT has the id vocab_size
+
+    def _encode_one_by_one(self, pieces):
+        ids = []
+        for text, is_last in pieces:
+            ids += self.encode(text)
+            if is_last:
+                ids.append(self.eot)
+        return np.array(ids, self.dtype)
 
     def decode_bytes(self, ids):
         return self._encoding.decode_bytes(_check_range(ids, self.vocab_size).tolist())
 
-    def cut(self, text, start):
-        found = SAFE_CUT.search(text, max(0, start - 1))
+    def safe_split(self, text, start):
+        found = SAFE_SPLIT.search(text, max(0, start - 1))
         return found.end() if found else -1
 
 
 def byte_letters():
-    """Return {character: byte}, how GPT-2's files and Hugging Face's write bytes visibly; bytes are Latin-1 characters.
+    """Return {character: byte}: the visible characters that stand for bytes in files of GPT-2 and Hugging Face.
 
-    Printable ones are written as themselves, the rest as U+0100 and on. The order is that of GPT-2's first 256 ids.
+    A byte is written as a Latin-1 character here. Printable bytes stand for themselves, the others are U+0100 onwards.
+    The order is that of GPT-2's first 256 ids.
     """
     shown = [chr(b) for b in range(256) if chr(b).isprintable() and chr(b) != ' ']
     hidden = [chr(b) for b in range(256) if chr(b) not in shown]
@@ -209,18 +228,18 @@ def _encoding(tiktoken, name, tokens):
 
 
 def gpt2():
-    """Return GPT-2's tokenizer of 50,257 ids; its first use raises UserError where its file cannot be had.
+    """Return GPT-2's tokenizer (50,257 ids). Its first use raises UserError if the BPE file cannot be downloaded.
 
-    tiktoken fetches, checks and caches the file. Its own way from there, which reads the vocabulary a second time in
-    JSON to compare, takes three times as long.
+    tiktoken downloads, checks and caches the file. It is parsed here because tiktoken.get_encoding also reads the
+    vocabulary from a second file to compare, which takes three times as long.
     """
     def load(tiktoken):
         try:
             from tiktoken.load import read_file_cached
-            merges = read_file_cached(*GPT2_MERGES).decode()  # a title, then two parts a line, in the order of the ids
-        except Exception as error:  # whatever the network or the cache may bring
-            raise UserError(f"GPT-2's BPE file could not be had ({type(error).__name__}: {str(error)[:100]}); go "
-                            'online once, or set TIKTOKEN_CACHE_DIR to a folder that holds it; char and byte '
+            merges = read_file_cached(*GPT2_MERGES).decode()  # a title, then one pair per line in the order of ids
+        except Exception as error:  # network and file errors of several libraries
+            raise UserError(f"GPT-2's BPE file could not be loaded ({type(error).__name__}: {str(error)[:100]}); go "
+                            'online once, or set TIKTOKEN_CACHE_DIR to a folder that contains it; char and byte '
                             'tokenizers need no files') from None
         letters, line_end = byte_letters(), chr(0x200)
         read = str.maketrans({**letters, ' ': '', '\n': line_end})
@@ -229,15 +248,15 @@ def gpt2():
 
 
 def bpe(tokens):
-    """Return the BPE of `tokens`: strings whose characters (below 256) are bytes, in the order they were learned."""
+    """Return the BPE with these `tokens`: strings of bytes (characters below 256) in the order they were learned."""
     return BPETokenizer({'kind': 'bpe', 'tokens': list(tokens)}, len(tokens) + 1,
                         lambda tiktoken: _encoding(tiktoken, 'bpe', tokens))
 
 
 def train_bpe(texts, vocab_size):
-    """Return a BPE of at most `vocab_size` ids (256 bytes, merges, end-of-text) learned from `texts`, an iterable.
+    """Return a BPE of at most `vocab_size` ids (256 bytes, merges, end-of-text) trained on `texts`, an iterable of str.
 
-    Byte-level with GPT-2's way of splitting, so any Unicode survives. A small text may yield fewer ids.
+    It works on bytes and splits as GPT-2 does, so it encodes any Unicode text. A small text may yield fewer ids.
     """
     if vocab_size < 257:
         raise UserError(f'vocab_size={vocab_size}: a BPE has at least 257 ids (256 bytes and end-of-text)')
@@ -255,7 +274,7 @@ def train_bpe(texts, vocab_size):
 
 
 def from_spec(spec):
-    """Return the tokenizer of a `spec`, as found in meta.json or a checkpoint; raises TextError for an unknown kind."""
+    """Return the tokenizer with this `spec`, from meta.json or a checkpoint; TextError if its kind is unknown."""
     kinds = {'char': lambda: CharTokenizer(spec['chars']), 'byte': ByteTokenizer, 'gpt2': gpt2,
              'bpe': lambda: bpe(spec['tokens'])}
     if spec.get('kind') not in kinds:
@@ -263,38 +282,17 @@ def from_spec(spec):
     return kinds[spec['kind']]()
 
 
-def difference(data, model):
-    """Return in words why ids of a dataset with spec `data` mean something else to a model with another, `model`."""
+def describe_mismatch(data, model):
+    """Return why ids of a dataset with tokenizer spec `data` mean something else to a model with spec `model`."""
     if data['kind'] != model['kind']:
         return f"its tokenizer is {data['kind']}, the model's is {model['kind']}"
     if data['kind'] != 'char':
         return 'both have a BPE, but not the same one'
-    lacks = sorted(set(data['chars']) - set(model['chars']))
-    if lacks:
-        shown = ', '.join(map(repr, lacks[:3])) + f' and {len(lacks) - 3:,} more' * (len(lacks) > 3)
+    unknown = sorted(set(data['chars']) - set(model['chars']))
+    if unknown:
+        shown = ', '.join(map(repr, unknown[:3]))
+        if len(unknown) > 3:
+            shown += f' and {len(unknown) - 3:,} more'
         return f'it has characters that the model was not trained on ({shown})'
     return (f"it has {len(data['chars']):,} different characters, the model {len(model['chars']):,}, "
-            'so they are numbered otherwise')
-
-
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers; a pickle that refers to any class or function is refused."""
-
-    def find_class(self, module, name):
-        raise TextError(f'meta.pkl refers to {module}.{name}; refusing')
-
-
-def from_nanogpt_meta(folder):
-    """Return the character tokenizer of nanoGPT's `folder`/meta.pkl; raises TextError where it is anything else."""
-    path = Path(folder) / 'meta.pkl'
-    with open(path, 'rb') as file:
-        try:
-            itos = _PlainUnpickler(file).load()['itos']
-            chars = ''.join(itos[i] for i in range(len(itos)))
-        except TextError:
-            raise
-        except Exception as error:  # a damaged pickle fails in a dozen ways
-            raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
-    if len(chars) != len(itos):
-        raise TextError(f'{path} holds tokens of several characters; only one character per id is supported')
-    return CharTokenizer(chars)
+            'so their ids differ')

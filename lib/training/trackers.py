@@ -1,43 +1,44 @@
-"""wandb and TensorBoard, where the settings ask for them. Neither can end a run."""
+"""wandb and TensorBoard, if the settings ask for them. A failure of either is one warning; training continues."""
 import html
 from pathlib import Path
 
-from lib.training.log import reason, warn
+from configurator import reason
+from lib.training.log import warn
 
-# Seconds until wandb gives up asking for a key, connecting, and sending the rest: unset, some of them are endless.
-WANDB_PATIENCE = {'login_timeout': 30, 'init_timeout': 30, 'finish_timeout': 60}
+# wandb's limits for asking for a key, connecting, and sending the rest, in seconds; some have none by default
+WANDB_TIMEOUTS = {'login_timeout': 30, 'init_timeout': 30, 'finish_timeout': 60}
 
 
-def open_trackers(settings, out_dir, wandb_id='', step=0):
-    """Return (track, finish, wandb's run id) for the services that the settings ask for.
+def open_trackers(settings, out_dir, wandb_id='', step=0, enabled=True):
+    """Return (track, finish, wandb's run id) for the services that the settings ask for; for none if not enabled.
 
-    track(record, step) sends numbers, texts and pictures (a Path); finish() waits until they have arrived. wandb_id
-    continues that run, and `step` is where. A service that fails is dropped with one warning.
+    track(record, step) sends numbers, texts and pictures (a Path); finish() waits until all have been sent. wandb_id:
+    the wandb run to continue. step: where training continues. A service that fails is dropped with one warning.
     """
     openers = {'wandb': lambda: open_wandb(settings, out_dir, wandb_id),
                'tensorboard': lambda: open_tensorboard(out_dir, step)}
-    live = {}
+    services = {}
 
     def attempt(name, call, *arguments):
         try:
             return call(*arguments)
         except (Exception, SystemExit) as error:
-            live.pop(name, None)
-            warn(f'{name} is off and training goes on without it; log.jsonl has the numbers ({reason(error)})')
+            services.pop(name, None)
+            warn(f'{name} is off and training continues without it; log.jsonl has the numbers ({reason(error)})')
 
     for name, opener in openers.items():
-        if settings[f'{name}_log'] and (opened := attempt(name, opener)):
-            live[name] = opened
+        if enabled and settings[f'{name}_log'] and (opened := attempt(name, opener)):
+            services[name] = opened
             wandb_id = opened[2] or wandb_id
 
     def track(record, step):
         known = {key: value for key, value in record.items() if value is not None}
-        for name in list(live):
-            attempt(name, live[name][0], known, step)
+        for name in list(services):
+            attempt(name, services[name][0], known, step)
 
     def finish():
-        for name in list(live):
-            attempt(name, live[name][1])
+        for name in list(services):
+            attempt(name, services[name][1])
 
     return track, finish, wandb_id
 
@@ -45,24 +46,25 @@ def open_trackers(settings, out_dir, wandb_id='', step=0):
 def open_wandb(settings, out_dir, run_id):
     """Return (log, close, run id)."""
     import wandb
-    patience = {name: s for name, s in WANDB_PATIENCE.items() if name in getattr(wandb.Settings, 'model_fields', ())}
+    known = getattr(wandb.Settings, 'model_fields', ())
+    timeouts = {name: seconds for name, seconds in WANDB_TIMEOUTS.items() if name in known}
     run = wandb.init(project=settings['wandb_project'], name=settings['wandb_run_name'], config=dict(settings),
                      dir=str(out_dir), id=run_id or None, resume='allow' if run_id else None, allow_val_change=True,
-                     settings=wandb.Settings(**patience))
+                     settings=wandb.Settings(**timeouts))
 
-    def shown(value):
+    def as_media(value):
         if isinstance(value, str):
             return wandb.Html(f'<pre>{html.escape(value)}</pre>')
         return wandb.Image(str(value)) if isinstance(value, Path) else value
 
     def log(record, step):
-        run.log({name: shown(value) for name, value in record.items()}, step=step)
+        run.log({name: as_media(value) for name, value in record.items()}, step=step)
 
     return log, run.finish, run.id
 
 
 def open_tensorboard(out_dir, step):
-    """Return (log, close, ''); what was logged from `step` on before is hidden, since it will be logged again."""
+    """Return (log, close, ''). Entries from `step` on are hidden, since a resumed run logs them again."""
     from torch.utils.tensorboard import SummaryWriter
     writer = SummaryWriter(str(Path(out_dir) / 'tensorboard'), purge_step=step)
 

@@ -4,7 +4,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from lib.text import dataset, tokenizer
+from lib.text import data_folder, tokenizer
 from lib.weights import checkpoint, gpt2, lora
 from lib.weights.checkpoint import has_nan
 from model import GPT, GPTConfig
@@ -25,7 +25,7 @@ def load_model(init_from, out_dir, dtype=torch.float32):
         if 'tokenizer' in state:
             spec = state['tokenizer']
         else:  # nanoGPT's checkpoint: only the dataset's folder knows the tokenizer
-            spec = dataset.tokenizer_spec(dataset.folder(state.get('config', {}).get('dataset', '')))
+            spec = data_folder.tokenizer_spec(data_folder.folder(state.get('config', {}).get('dataset', '')))
     elif source := gpt2.find(init_from):
         path, state, model, spec = init_from, {}, source.load(dtype=dtype), source.tokenizer_spec()
     else:

@@ -1,0 +1,266 @@
+"""The folder of a prepared dataset, data/NAME/: written whole, and verified when it is read.
+
+    train.bin, val.bin   token ids without a header, little-endian uint16 or uint32
+    meta.json            written last: the tokenizer, the dtype, and the size and sha256 of each .bin file
+    UNFINISHED           exists while prepare renames its files; a folder that still contains it is refused
+
+A folder with .bin files and no meta.json is nanoGPT's: uint16 ids of the characters in meta.pkl, else of GPT-2's BPE.
+Nothing here needs torch.
+"""
+import hashlib
+import json
+import os
+import pickle
+from pathlib import Path
+
+import numpy as np
+
+from configurator import REPO, UserError
+from lib.text.tokenizer import CharTokenizer, TextError, from_spec
+
+IN_MEMORY = 256 * 2**20  # bytes; a smaller .bin file is read whole and its sha256 checked, a larger one is mapped
+LLM_C_MAGIC = 20240520
+SPLITS = ('train', 'val')
+
+
+def folder(name):
+    """Return the folder of dataset `name`: data/NAME in the working directory if it exists, else in the repository."""
+    here = Path('data') / name
+    return here if here.is_dir() else REPO / 'data' / name
+
+
+def prepare_command(path):
+    """Return the command that prepares the dataset in folder `path`."""
+    if (path / 'prepare.py').exists() and path.name != 'text':
+        return f'python {path / "prepare.py"}'
+    name = 'NAME' if path.name == 'text' else path.name
+    return f'python {folder("text") / "prepare.py"} --input=YOUR_TEXT --name={name}'
+
+
+# Reading
+
+def digest(meta):
+    """Return the sha256 of everything in meta.json except its own key 'sha256'."""
+    rest = {key: value for key, value in meta.items() if key != 'sha256'}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
+
+
+def read_meta(path):
+    """Return the contents of meta.json in folder `path`, validated, or None if there is no such file.
+
+    UserError if anything in it is missing or wrong.
+    """
+    try:
+        meta = json.loads((path / 'meta.json').read_text(encoding='utf-8'))
+        for split in SPLITS:
+            for key, kind in (('n_tokens', int), ('n_bytes', int), ('max_id', int), ('sha256', str)):
+                value = meta['splits'][split][key]
+                if type(value) is not kind and not (key == 'n_bytes' and value is None):  # None: unknown
+                    raise ValueError(f'{key} of {split} is {value!r}')
+        if meta['dtype'] not in ('uint16', 'uint32'):
+            raise ValueError(f'dtype is {meta["dtype"]!r}')
+        vocab_size = from_spec(meta['tokenizer']).vocab_size
+        if meta['vocab_size'] != vocab_size:
+            raise ValueError(f'vocab_size is {meta["vocab_size"]!r}, its tokenizer has {vocab_size}')
+        if meta.get('sha256', digest(meta)) != digest(meta):  # another program may leave it out
+            raise ValueError('it was changed since prepare wrote it: its sha256 differs')
+        return meta
+    except FileNotFoundError:
+        return None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f'{path / "meta.json"} is damaged ({type(error).__name__}: {error}); '
+                        'run prepare.py again') from error
+
+
+class _PlainUnpickler(pickle.Unpickler):
+    """Reads numbers, strings and containers; refuses a pickle that refers to any class or function."""
+
+    def find_class(self, module, name):
+        raise TextError(f'meta.pkl refers to {module}.{name}; refusing')
+
+
+def from_nanogpt_meta(path):
+    """Return the character tokenizer in nanoGPT's meta.pkl in folder `path`; TextError if it is anything else."""
+    path = Path(path) / 'meta.pkl'
+    with open(path, 'rb') as file:
+        try:
+            itos = _PlainUnpickler(file).load()['itos']
+            chars = ''.join(itos[i] for i in range(len(itos)))
+        except TextError:
+            raise
+        except Exception as error:  # a damaged pickle can raise almost anything
+            raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
+    if len(chars) != len(itos):
+        raise TextError(f'{path} has tokens of several characters; only one character per id is supported')
+    return CharTokenizer(chars)
+
+
+def tokenizer_spec(path):
+    """Return the tokenizer spec of the dataset in folder `path`: from meta.json, else meta.pkl, else GPT-2's."""
+    meta = read_meta(path)
+    if meta:
+        return meta['tokenizer']
+    if (path / 'meta.pkl').exists():
+        return from_nanogpt_meta(path).spec
+    return {'kind': 'gpt2'}
+
+
+def _check_contents(path, dtype, expected):
+    """Raise UserError if the file is empty, truncated, or of another kind than the ids that `dtype` announces."""
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f'{path} is empty; run prepare.py again')
+    with open(path, 'rb') as file:
+        start = file.read(8192 // dtype.itemsize * dtype.itemsize)
+    words = np.frombuffer(start[:size // 4 * 4], dtype='<u4')
+    if len(words) and words[0] == LLM_C_MAGIC:
+        raise UserError(f'{path} looks like an llm.c file (magic {LLM_C_MAGIC}); '
+                        'a .bin file here contains token ids without a header')
+    if start.startswith(b'\x93NUM'):
+        raise UserError(f'{path} is a NumPy .npy file; write raw token ids with ids.tofile(...)')
+    if size % dtype.itemsize:
+        raise UserError(f'{path} has {size} bytes, not a multiple of {dtype.itemsize}: truncated? Run prepare.py again')
+    # small uint32 ids, read as uint16, have a 0 in every second place
+    if not expected and len(words) >= 8 and words.max() < 2**16 and words.std() > 0:
+        raise UserError(f'{path} looks like uint32 ids; without a meta.json, .bin files contain uint16')
+    n_tokens = size // dtype.itemsize
+    if expected and n_tokens != expected['n_tokens']:
+        raise UserError(f'{path} has {n_tokens} tokens, prepare wrote {expected["n_tokens"]}: '
+                        'meta.json does not match it; run prepare.py again')
+
+
+def _read_ids(path, dtype, expected, vocab_size):
+    """Return (ids, sha256) of a .bin file; the sha256 of a mapped file is that of meta.json, '' without one.
+
+    expected: what meta.json says about this file, {} without a meta.json.
+    """
+    if not path.exists():
+        raise UserError(f'{path} not found. Run: {prepare_command(path.parent)}')
+    _check_contents(path, dtype, expected)
+    mapped = path.stat().st_size >= IN_MEMORY
+    if mapped:
+        ids, sha256 = np.memmap(path, dtype=dtype, mode='r'), expected.get('sha256', '')
+        max_id = expected.get('max_id', 0)  # Split.batch checks every batch, so this file need not be scanned
+    else:
+        raw = path.read_bytes()
+        ids, sha256 = np.frombuffer(raw, dtype=dtype), hashlib.sha256(raw).hexdigest()
+        max_id = int(ids.max())
+        if expected and sha256 != expected['sha256']:
+            raise UserError(f'{path} was changed since prepare wrote it: meta.json does not match its sha256; '
+                            'run prepare.py again')
+    if max_id >= vocab_size:
+        where = '' if mapped else f' at position {int(np.argmax(ids >= vocab_size))}'
+        raise UserError(f'{path.name} contains token {max_id}{where}, vocab_size is {vocab_size}; run prepare.py again')
+    return ids, sha256
+
+
+def read(name):
+    """Return (tokenizer spec, vocab_size, {'train': (path, ids, n_bytes, sha256), 'val': ...}) of dataset `name`.
+
+    ids: (n_tokens,) uint16 or uint32. n_bytes: the UTF-8 bytes of the text, 0 if unknown. Sizes and the largest id
+    are always checked, the sha256 of files under 256 MB. UserError names the file, what is wrong, and what to do.
+    """
+    path = folder(name)
+    if not path.is_dir():
+        known = sorted({p.parent.name for p in (REPO / 'data').glob('*/prepare.py')} - {'text'})
+        raise UserError(f'no dataset data/{name}: expected one of {", ".join(known)}, or your own text: '
+                        f'{prepare_command(path)}')
+    if name == 'text' and not (path / 'train.bin').exists():
+        raise UserError('dataset=text: data/text only prepares your own texts, under the names that you choose. Run: '
+                        f'{prepare_command(path)}, then pass --dataset=NAME')
+    if (path / 'UNFINISHED').exists():
+        raise UserError(f'{path} is unfinished: prepare was interrupted there; run it again ({prepare_command(path)})')
+    meta = read_meta(path)
+    if meta:
+        spec, dtype, facts = meta['tokenizer'], np.dtype(meta['dtype']).newbyteorder('<'), meta['splits']
+    else:
+        spec, dtype, facts = tokenizer_spec(path), np.dtype('<u2'), {}
+    vocab_size, files = from_spec(spec).vocab_size, {}
+    for split in SPLITS:
+        bin_path, expected = path / f'{split}.bin', facts.get(split, {})
+        ids, sha256 = _read_ids(bin_path, dtype, expected, vocab_size)
+        files[split] = bin_path, ids, expected.get('n_bytes') or 0, sha256
+    return spec, vocab_size, files
+
+
+def describe_existing(path):
+    """Return (meta.json, description) of the dataset in folder `path`; {} without a valid meta.json, '' if none."""
+    try:
+        meta = read_meta(path)
+    except (UserError, OSError):
+        meta = None  # unreadable: treat it as absent, preparing again replaces it
+    if meta:
+        n_tokens = sum(facts['n_tokens'] for facts in meta['splits'].values())
+        source = f" of {meta['source']}" if meta.get('source') else ''
+        return meta, f"{n_tokens:,} tokens ({meta['tokenizer']['kind']}){source}"
+    train = path / 'train.bin'
+    if train.exists():
+        return {}, f'a train.bin of {train.stat().st_size:,} bytes without a valid meta.json'
+    return {}, ''
+
+
+# Writing
+
+class _SplitWriter:
+    """A growing .bin file under a temporary name, and the facts about it that go into meta.json."""
+
+    def __init__(self, path):
+        self.temp, self.hash = Path(f'{path}.tmp'), hashlib.sha256()
+        self.n_tokens, self.n_bytes, self.max_id = 0, 0, 0
+        self.file = open(self.temp, 'wb')
+
+    def add(self, ids, n_bytes):
+        if ids.size:
+            self.max_id = max(self.max_id, int(ids.max()))
+        self.file.write(ids)
+        self.hash.update(ids)
+        self.n_tokens, self.n_bytes = self.n_tokens + ids.size, self.n_bytes + n_bytes
+
+    def finish(self):
+        """Write everything to the disk and return the facts."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        self.file.close()
+        return {'n_tokens': self.n_tokens, 'n_bytes': self.n_bytes, 'max_id': self.max_id,
+                'sha256': self.hash.hexdigest()}
+
+
+def write(path, tokenizer, chunks, source=''):
+    """Write train.bin, val.bin and meta.json to folder `path`, all of them or none.
+
+    chunks: an iterable of (split, ids, n_chars, n_bytes). source: the name of the text, as the user gave it.
+    Returns (the contents of meta.json, n_chars of the whole text). UserError if a split gets no token.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    temp_meta, n_chars, files = path / 'meta.json.tmp', 0, {}
+    try:
+        for split in SPLITS:
+            files[split] = _SplitWriter(path / f'{split}.bin')
+        for split, ids, chars, n_bytes in chunks:
+            files[split].add(ids, n_bytes)
+            n_chars += chars
+        meta = {'format': 1, 'tokenizer': tokenizer.spec, 'vocab_size': tokenizer.vocab_size,
+                'dtype': 'uint16' if tokenizer.dtype == '<u2' else 'uint32', 'source': source,
+                'splits': {split: file.finish() for split, file in files.items()}}
+        for split, facts in meta['splits'].items():
+            if not facts['n_tokens']:
+                raise UserError(f'the {split} split is empty: {n_chars:,} characters are too few to divide; '
+                                'give more text, or change --val_fraction')
+            assert facts['max_id'] < tokenizer.vocab_size, (facts, tokenizer.vocab_size)
+        meta['sha256'] = digest(meta)
+        with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
+            json.dump(meta, file)
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished = path / 'UNFINISHED'
+        unfinished.touch()
+        for split, file in files.items():
+            os.replace(file.temp, path / f'{split}.bin')
+        os.replace(temp_meta, path / 'meta.json')
+        unfinished.unlink()
+    finally:
+        for file in files.values():
+            file.file.close()
+            file.temp.unlink(missing_ok=True)
+        temp_meta.unlink(missing_ok=True)
+    return meta, n_chars
