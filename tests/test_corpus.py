@@ -67,7 +67,8 @@ def test_the_first_nine_tenths_of_one_text_train(prepare, tmp_path):
 
 def test_the_counts_are_printed_as_people_parse_them(prepare, tmp_path):
     prepare(put(tmp_path / 'book.txt', 'ab\n' * 1000))
-    assert prepare.out.startswith('length of dataset in characters: 3,000\nvocab size: 3\n'
+    assert prepare.out.startswith('length of dataset in characters: 3,000\n'
+                                  'all the unique characters: \nab\nvocab size: 3\n'
                                   'train has 2,700 tokens\nval has 300 tokens\n')
 
 

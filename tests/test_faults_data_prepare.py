@@ -254,11 +254,20 @@ def test_an_encoding_is_proposed_that_reads_the_text(prepare, tmp_path, capfd, t
     prepare(path, f'--encoding={codec}')
 
 
-@pytest.mark.parametrize('data', [b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR', bytes(range(1, 256))])
-def test_what_is_no_text_is_told_so_and_no_encoding_proposed(prepare, tmp_path, capfd, data):
+@pytest.mark.parametrize('data, wanted', [
+    (b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR', 'a.png is a picture, not text'),
+    (b'%PDF-1.4 only ASCII', 'a.png is a PDF, not text'),
+    (bytes(range(1, 256)), 'a.png is not UTF-8 at byte 127 (0x80) and does not look like text')])
+def test_what_is_no_text_is_told_so_and_no_encoding_proposed(prepare, tmp_path, capfd, data, wanted):
     message = fails(capfd, lambda: prepare(put(tmp_path / 'a.png', data)))
-    assert 'a.png is not UTF-8 at byte' in message and 'does not look like text' in message
-    assert '--encoding' not in message
+    assert wanted in message and '--encoding' not in message
+
+
+def test_one_pdf_in_a_folder_is_named_with_a_pattern_that_reads_the_rest(prepare, tmp_path, capfd):
+    put(tmp_path / 'books/a.pdf', b'%PDF-1.4'), put(tmp_path / 'books/b.txt', TEXT)
+    message = fails(capfd, lambda: prepare(f'--input={tmp_path / "books"}', '--name=books'))
+    assert 'a.pdf is a PDF' in message
+    prepare(f'--input={tmp_path / "books"}/**/*.txt', '--name=books')
 
 
 def test_a_text_that_ends_within_a_character_is_refused(prepare, tmp_path, capfd):
