@@ -76,7 +76,7 @@ learning_rate = 6e-4  # peak, AdamW
 muon_lr = 0.02  # peak, Muon
 muon_momentum = 0.95  # 0.9 learns more in runs of a few hundred updates
 max_iters = 600000  # updates
-max_minutes = 0.0  # train for this long, counted from the start of the process; 0 = off. Off with an explicit --max_iters
+max_minutes = 0.0  # train for this long, from the start of the process; 0 = off. Off with an explicit --max_iters
 weight_decay = 1e-1  # on 2-D parameters
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
@@ -362,9 +362,9 @@ def main():
                     record['sample'] = sample_text(raw_model, tok)
                     line += '\n' + textwrap.indent(record['sample'], '    | ', lambda line: True)
                 write_log('eval', line, record)
-                if curves.overfitting(p.history):
-                    warn('overfitting: the validation loss has risen for several evaluations while the training loss '
-                         f'fell; {"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
+                if curves.overfitting_starts(p.history):
+                    warn('overfitting: the validation loss has risen above its best while the training loss fell; '
+                         f'{"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
                          f'{curves.best_step(p.history)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
                 save(as_best=better or always_save_checkpoint, must=last)

@@ -9,7 +9,7 @@ from conftest import TINY
 
 import export
 from lib.text import tokenizer
-from lib.weights import lora
+from lib.weights import gpt2, lora
 from model import GPT, GPTConfig
 
 CONFIG = dict(block_size=8, vocab_size=16, n_layer=2, n_head=2, n_embd=16)

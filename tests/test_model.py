@@ -291,7 +291,8 @@ def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
 
 
 @pytest.mark.parametrize('wrong, message', [
-    (dict(n_embd=8, n_head=3), 'n_embd=8 is not divisible by n_head=3'), (dict(n_layer=0), 'n_layer must be at least 1'),
+    (dict(n_embd=8, n_head=3), "n_embd=8 is not divisible by n_head=3"),
+    (dict(n_layer=0), "n_layer must be at least 1"),
     (dict(dropout=1.0), 'dropout must be'), (dict(dropout=-0.1), 'dropout must be'),
     (dict(mlp='glu'), 'mlp must be one of'), (dict(softcap=-1.0), 'softcap'),
     (dict(pos='rope', n_embd=6, n_head=2), 'must be even')])

@@ -12,8 +12,8 @@ import torch
 from conftest import REPO, write_dataset
 
 from lib.generate import generate
-from lib.weights import load_model
-from model import GPT, GPTConfig, gpt2_files
+from lib.weights import gpt2, load_model
+from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
 huggingface_hub = pytest.importorskip('huggingface_hub')

@@ -151,7 +151,7 @@ def test_float32_is_plain_float32_arithmetic(run, workdir, monkeypatch):
     data = open_dataset('tiny', 8).train
     m, v = ({name: torch.zeros_like(p) for name, p in w.items()} for _ in 'mv')
     for step in range(1, 21):
-        starts = train_starts('epochs', 1337, len(data), 8, (step - 1) * 8, 8)
+        starts = train_starts(1337, len(data), 8, (step - 1) * 8, 8)
         idx, targets = data.batch(starts, 8)
         grads = torch.autograd.grad(plain_loss(w, idx, targets, 2, 2), list(w.values()))
         norm = sum(g.square().sum() for g in grads).sqrt()

@@ -106,16 +106,14 @@ def _permute(index, n, key):
     return out
 
 
-def train_starts(order, seed, n_tokens, block_size, first, count):
+def train_starts(seed, n_tokens, block_size, first, count):
     """Return the starts (count,) of training samples number first, first + 1, ... as int64.
 
-    order 'epochs': every window of the split once per epoch; each epoch shifts the window boundaries and shuffles
-    the windows anew. order 'random': windows from anywhere, with replacement, as in nanoGPT.
+    Every window of the split is read once per epoch; each epoch shifts the window boundaries and shuffles the
+    windows anew.
     """
     number = np.arange(first, first + count, dtype=np.uint64)
     seeded = _splitmix64(np.full(1, seed, dtype=np.uint64) + np.uint64(0x9e3779b97f4a7c15))
-    if order == 'random':
-        return (_splitmix64(seeded ^ _splitmix64(number)) % np.uint64(n_tokens - block_size)).astype(np.int64)
     n_windows = max(1, (n_tokens - 1) // block_size - 1)  # this many fit after any offset below block_size
     n_offsets = min(block_size, n_tokens - n_windows * block_size)
     epoch, index = np.divmod(number, np.uint64(n_windows))

@@ -8,6 +8,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.machine import files
+from model import NANOGPT_ARGS
 
 
 def say(line):
@@ -20,6 +21,10 @@ def warn(line):
     """Print a warning to stderr, above the progress bar."""
     tqdm.write(f'warning: {line}', file=sys.stderr)
     sys.stderr.flush()
+
+
+def ignore(line):
+    """Print nothing: what ranks other than 0 use in place of `say` and `warn`."""
 
 
 @functools.cache
@@ -63,8 +68,17 @@ def iter_line(record, seconds, minutes_left):
 
 def recipe(settings, argv):
     """Return the config files that `settings` came from, in the order of the command line, or 'defaults'."""
-    files_used = {origin.rpartition(':')[0] for origin in settings.origins.values()}
+    files_used = {origin.place.rpartition(':')[0] for origin in settings.origins.values() if origin.kind == 'config'}
     return ', '.join(word for word in argv if word in files_used) or 'defaults'
+
+
+def architecture(config):
+    """Return a GPTConfig in a few words for the banner: GPT-2's architecture, or the options that differ from it."""
+    options = {name: value for name, value in config.model_args().items() if name not in NANOGPT_ARGS}
+    if not options:
+        return "GPT-2's architecture"
+    return (', '.join(name if value is True else f'{name}={value}' for name, value in options.items())
+            + "; config/gpt2_classic.py gives GPT-2's architecture")
 
 
 def tokens_line(tokens_per_iter, train_tokens, max_iters):
@@ -80,14 +94,6 @@ def warn_if_long(minutes, limit=30):
         warn(f'this takes {duration(minutes)} or more on the CPU; --max_minutes=3 in place of --max_iters trains for '
              'three minutes, and config/train_shakespeare_char.py is a recipe made for that')
     return minutes > limit
-
-
-def not_finite(what, iter_num, rt, saved_iter, out_dir):
-    """Return the error message for a loss or gradient that is not finite; each rank reports its own."""
-    where = f' on rank {rt.rank}' if rt.world_size > 1 else ''
-    return (f'{what} at iter {iter_num}{where}; no such update or checkpoint was kept, the newest good one in '
-            f'{out_dir} is of iter {saved_iter}. Lower learning_rate, or use dtype=bfloat16 or float32 if it was '
-            'float16, and continue with --init_from=resume')
 
 
 def append_log(path, record):
@@ -154,6 +160,6 @@ def update_bar(bar, done, loss, best_val_loss, tok_s, minutes_left):
     bar.update(min(100, 100 * done) - bar.n)
 
 
-def progress(items, total, what):
+def progress(items, total, what, show=True):
     """Return `items` to loop over, with a bar that counts them and shows the time left."""
-    return _bar(items, total=total, desc=what)
+    return _bar(items, show, total=total, desc=what)

@@ -82,27 +82,19 @@ def orthogonalize(g, steps=5):
     return x.mT if tall else x
 
 
-def z_score(norm, norms):
-    """Return (how many standard deviations `norm` is above the mean of `norms` (n,), norms with it as the newest).
-
-    Everything stays on the device. norms begins as NaN, so the score is NaN until n norms have been seen.
-    """
-    return (norm - norms.mean()) / norms.std(), torch.cat([norms[1:], norm[None]])
-
-
 def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type, muon_momentum=0.95):
-    """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each group keeps its peak rate as `peak`.
+    """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each group keeps its peak rate as `initial_lr`.
 
     The fused update is taken where torch has one: one pass over the weights, and it can skip itself on the device.
     """
     for group in groups:
-        group['peak'] = muon_lr if kind == 'muon' and group['use_muon'] else learning_rate
+        group['initial_lr'] = muon_lr if kind == 'muon' and group['use_muon'] else learning_rate
         group['momentum'] = muon_momentum
     cls = MuonAdamW if kind == 'muon' else AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
 
 
-def restore(optimizer, saved, path):
+def load_optimizer_state(optimizer, saved, path):
     """Load a checkpoint's optimizer state; rates, betas and decay stay as they are set now."""
     now = optimizer.state_dict()['param_groups']
     if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in now]:
