@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import REPO, UserError, configure, find_path
-from lib.text import chunks, data_folder, dialogue, read_text
+from lib.text import advice, chunks, data_folder, dialogue, read_text
 from lib.text import tokenizer as tokenizers
 
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
@@ -30,6 +30,7 @@ name = ''  # write to data/NAME/ of the repository; '' = the script's folder, or
 tokenizer = 'char'  # char | byte | gpt2 | bpe (trained on this text) | a run's or dataset's folder, to reuse its own
 vocab_size = 4096  # number of ids of a trained bpe
 num_proc = 0  # processes that tokenize with a BPE; 0 = one per core; the result is the same for any number
+show = ''  # print how this text is split into tokens, and nothing else; '' = off
 # --------------------------------------------------------------------------------------------------------------------
 
 _TINY = 5_000  # characters; a warning is printed for a shorter text
@@ -212,7 +213,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         print(f'data/{folder.name} held {existing}, which this replaced', file=sys.stderr)
     if n_left_out[0]:
         print(f'{n_left_out[0]:,} rows without an answer were left out', file=sys.stderr)
-    _report(folder, tokenizer, meta, n_chars)
+    _report(folder, tokenizer, meta, n_chars, settings['vocab_size'])
     if expect and by_source and not settings.given('tokenizer') and not settings.given('val_fraction'):
         found = tuple(facts['n_tokens'] for facts in meta['splits'].values())
         if found != tuple(expect):
@@ -232,10 +233,13 @@ def _with_bar(results):
             bar.update(result[3])
 
 
-def _report(folder, tokenizer, meta, n_chars):
+def _report(folder, tokenizer, meta, n_chars, vocab_size):
     """Print the counts, a preview that was encoded and decoded again, and the command to train with."""
     counts = {split: facts['n_tokens'] for split, facts in meta['splits'].items()}
-    print(f'length of dataset in characters: {n_chars:,}\nvocab size: {tokenizer.vocab_size:,}')
+    print(f'length of dataset in characters: {n_chars:,}')
+    if tokenizer.kind == 'char' and (line := advice.unique_characters(tokenizer.chars)):
+        print(line)
+    print(f'vocab size: {tokenizer.vocab_size:,}')
     for split, n_tokens in counts.items():
         print(f'{split} has {n_tokens:,} tokens')
     if 'chat' in meta:
@@ -256,14 +260,24 @@ def _report(folder, tokenizer, meta, n_chars):
     paths = sorted((REPO / 'config').glob('*.py'), key=lambda path: (not path.name.startswith('train_'), path.name))
     configs = [path.name for path in paths
                if re.search(rf"^dataset = '{folder.name}'", path.read_text(encoding='utf-8'), re.M)]
-    if configs:
-        print(f'train with: python train.py config/{configs[0]}')
-        return
-    command = f'python train.py config/train_shakespeare_char.py --dataset={folder.name} --out_dir=out-{folder.name}'
-    longest = counts[smallest] - 1
-    if longest < 256:  # the block_size of that config; use the largest power of two for which both splits are enough
-        command += f' --block_size={1 << max(0, longest.bit_length() - 1)}'
-    print(f'train with: {command}')
+    for note in advice.notes(tokenizer, vocab_size, n_chars, sum(counts.values())):
+        print(f'note: {note}', file=sys.stderr)
+    print(f'train with: {advice.train_command(folder.name, configs, tokenizer, counts)}')
+
+
+def _show(settings, script):
+    """Print how the text of the setting `show` is split into tokens.
+
+    The tokenizer is that of a prepared dataset if --name names one and --tokenizer is not given.
+    """
+    folder = script.parent.parent / (settings['name'] or script.parent.name)
+    if (folder / 'meta.json').exists() and not settings.given('tokenizer'):
+        tokenizer = tokenizers.from_spec(data_folder.tokenizer_spec(folder))
+    elif settings['tokenizer'] == 'bpe':
+        raise UserError('a bpe is trained on a text: prepare a dataset with it, then --show=... --name=ITS_NAME')
+    else:
+        tokenizer = _tokenizer(settings, settings['show'], [], append_separator=False)
+    print('\n'.join(advice.show_tokens(settings['show'], tokenizer)))
 
 
 def prepare(script_file, source='', val_source='', where='', delimiter='', rewrite=None, expect=(), **defaults):
@@ -281,6 +295,8 @@ def prepare(script_file, source='', val_source='', where='', delimiter='', rewri
         namespace['__doc__'] = ast.get_docstring(ast.parse(script.read_text(encoding='utf-8')), clean=False)
     settings = configure(namespace, check=_check, words='input')
     try:
+        if settings['show']:
+            return _show(settings, script)
         _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect)
     except OSError as error:
         name = error.filename or script.parent

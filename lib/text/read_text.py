@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from configurator import UserError, find_path
+from lib.text import advice
 from lib.text.tokenizer import TextError, encoded
 
 CHUNK = 1 << 20  # characters per piece of a long text
@@ -218,6 +219,8 @@ def read(path, codec, keys, delimiter='', extract=None):
     with open(path, 'rb') as file:
         if file.read(4) == b'PAR1':
             return _parquet(path, keys, extract)
+    if what := advice.not_text(path):
+        raise UserError(f'{path} is {what}, not text; save its text as a plain file in UTF-8')
     if _is_json_lines(path, codec):
         return _json_lines(path, codec, extract)
     if delimiter:
@@ -256,6 +259,8 @@ def find(flag, words, folder):
             else:
                 found = [path] if path.is_file() else sorted(
                     p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+            if path.is_dir() and (others := advice.unreadable(path, found)):
+                raise UserError(f'--{flag}={word}: {others}')
             if not found:
                 reason = 'no such file or folder'
                 if path.is_dir():
@@ -267,11 +272,12 @@ def find(flag, words, folder):
     return paths
 
 
-def download(url, path):
-    """Download `url` to `path` in up to three attempts and return `path`; UserError if it fails, with no file left."""
+def download(url, path, tries=3):
+    """Download `url` to `path` in at most `tries` attempts and return `path`; UserError if it fails, with no file left.
+    """
     temp = Path(f'{path}.tmp')
     temp.parent.mkdir(parents=True, exist_ok=True)
-    for wait in (WAIT, 2 * WAIT, 0):
+    for wait in (WAIT, 2 * WAIT, 0)[-tries:]:
         try:
             request = urllib.request.Request(url, headers={'User-Agent': 'minuteGPT'})
             with urllib.request.urlopen(request, timeout=30) as reply, open(temp, 'wb') as file:
