@@ -7,6 +7,8 @@ import torch
 from conftest import TINY
 from kit import Ranks, differences, load, trained_part
 
+from lib.training import optim
+
 FLAGS = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=10', '--eval_interval=5', '--lr_decay_iters=20',
          '--dist_timeout=200', '--eval_iters=3']
 BOTH = pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
@@ -15,14 +17,15 @@ BOTH = pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 KEEP_GRADIENTS = """
 import torch
 from lib.machine import runtime
-real, calls = torch.nn.utils.clip_grad_norm_, []
+from lib.training import optim
+real, calls = optim.clip_grad_norm_, []
 def clip_grad_norm_(params, most):
     params = list(params)
     if not calls:
         calls.append([runtime.whole(p.grad.detach()).clone() for p in params])
         torch.save(calls[0], f'gradients{rank}.pt')
     return real(params, most)
-torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+optim.clip_grad_norm_ = clip_grad_norm_
 """
 AT_BATCH = """
 import os, signal
@@ -78,7 +81,7 @@ def test_two_ranks_train_as_one_does(run, workdir, parallel):
 
 @BOTH
 def test_gradients_of_two_ranks_are_the_mean_over_the_global_batch(run, workdir, parallel, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', torch.nn.utils.clip_grad_norm_)  # undone at the end
+    monkeypatch.setattr(optim, 'clip_grad_norm_', optim.clip_grad_norm_)  # undone at the end
     exec(KEEP_GRADIENTS, {'rank': 'alone'})
     run('train.py', *FLAGS, '--max_iters=1', '--out_dir=one')
     chunked = 'import model\nmodel.GPT.CHUNK = 40\n'  # of 16 logits a token
