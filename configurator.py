@@ -263,7 +263,7 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     defaults = {name: value for name, value in namespace.items()
                 if not name.startswith('_') and type(value) in (int, float, bool, str)}
     if '--help' in argv or '-h' in argv:
-        print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults))
+        print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults, namespace.get('__doc__')))
         raise SystemExit(0)
     for stream in (sys.stdout, sys.stderr):
         asked, _, handler = os.environ.get('PYTHONIOENCODING', '').partition(':')

@@ -328,7 +328,8 @@ def main():
     def write_log(kind, line, record):
         say(line)
         if rt.is_master:
-            log.append_log(f'{out_dir}/log.jsonl', record)
+            data_id = {'val_data': data.val.sha256[:12]} if kind == 'eval' else {}  # plot.py compares runs
+            log.append_log(f'{out_dir}/log.jsonl', {**record, **data_id})
             track({f'{kind}/{key}': value for key, value in record.items()}, p.iter_num)
 
     def save(as_best, must):
