@@ -22,7 +22,7 @@ from lib.text import tokenizer
 from lib.text.dataset import eval_starts, split_batches, train_starts
 from lib.training import curves, log, preflight
 from lib.training.guard import Guard
-from lib.training.optim import load_optimizer_state, make_optimizer
+from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
 from lib.weights import checkpoint, load_model, lora
 from model import GPT, GPTConfig
@@ -379,7 +379,7 @@ def main():
                 scaler.scale(loss).backward()
                 total_loss = total_loss + loss.detach()  # stays on the device: no sync
             scaler.unscale_(opt)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+            grad_norm = clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
             grad_norm = distributed.full_tensor(grad_norm)
             if guard.allows(opt, total_loss, grad_norm):
                 scaler.step(opt)
