@@ -248,6 +248,12 @@ def _print_exception(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def literals(namespace):
+    """Return the settings among a script's globals: {name: int, float, bool or str}, without _names."""
+    return {name: value for name, value in namespace.items()
+            if not name.startswith('_') and type(value) in (int, float, bool, str)}
+
+
 def configure(namespace, argv=None, early=None, check=None, words=''):
     """Override the literals in `namespace` (a script's globals()) from `argv` and return the Settings.
 
@@ -255,8 +261,7 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     are reported at once. They end the program with exit status 2, --help with 0.
     """
     argv = sys.argv[1:] if argv is None else argv
-    defaults = {name: value for name, value in namespace.items()
-                if not name.startswith('_') and type(value) in (int, float, bool, str)}
+    defaults = literals(namespace)
     if '--help' in argv or '-h' in argv:
         print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults, namespace.get('__doc__')))
         raise SystemExit(0)
