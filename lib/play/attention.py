@@ -1,0 +1,56 @@
+"""Attention weights, recomputed beside the model: its own kernels never write them down.
+
+A hook sees what enters each CausalSelfAttention; softmax(q k^T / sqrt(hs)) follows from that as in model.py.
+"""
+import base64
+import math
+
+import torch
+import torch.nn.functional as F
+
+from model import rotate
+
+SIDE = 24  # points of a small picture, at most
+
+
+def recompute(attn, x, rope):
+    """Return the weights (nh, T, T) of an attention layer for its input x (1, T, C), in float32; rows sum to 1."""
+    B, T, C = x.shape
+    q, k, _ = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).permute(2, 0, 3, 1, 4)  # (1, nh, T, hs)
+    if attn.qk_norm is not None:
+        q, k = attn.qk_norm(q), attn.qk_norm(k)
+    if rope is not None:
+        q, k = rotate(q, rope), rotate(k, rope)
+    scores = q[0].float() @ k[0].float().mT / math.sqrt(q.size(-1))  # (nh, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+@torch.inference_mode()
+def weights(model, ids):
+    """Return the attention weights (n_layer, nh, T, T) of every layer and head over `ids`, on the CPU."""
+    found = []
+
+    def note(attn, args, kwargs):
+        x, rope = (*args, None, None)[:2]
+        found.append(recompute(attn, x, kwargs.get('rope', rope)).cpu())
+    hooks = [block.attn.register_forward_pre_hook(note, with_kwargs=True) for block in model.transformer.h]
+    try:
+        model(torch.tensor([ids], device=model.lm_head.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def packed(tensor):
+    """Return a tensor as base64 of its little-endian numbers."""
+    return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode('ascii')
+
+
+def maps(found):
+    """Return {'side', 'maps'} of weights (n_layer, nh, T, T): each at most SIDE points wide, a byte per point."""
+    T = found.size(-1)
+    side = min(SIDE, T)
+    small = F.adaptive_max_pool2d(found.flatten(0, 1)[:, None], side)[:, 0]  # a sharp line would fade in a mean
+    return {'side': side, 'maps': packed((small.clamp(0, 1).sqrt() * 255).to(torch.uint8))}
