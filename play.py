@@ -112,10 +112,21 @@ def main(argv=None):
     site = Site(load(settings, rt), host, secret, framed=notebook, proxied=notebook and colab)
     server = listen(site, settings.given('port'))
     print(f'device: {rt.why}')
-    print(f'open {address_of(site, server)}', flush=True)
     if notebook:  # the cell ends, the page stays as long as the kernel
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        print(f'open {address_of(site, server)}')
         return show_inline(site, server)
+    try:
+        serve(site, server)
+    except KeyboardInterrupt:
+        print('ended')
+    finally:
+        server.server_close()
+
+
+def serve(site, server):
+    """Print the address, open it in the browser, and serve until Ctrl-C."""
+    print(f'open {address_of(site, server)}', flush=True)
     if 'COLAB_RELEASE_TAG' in os.environ:
         print('in a notebook use %run play.py ... instead of !python play.py ..., which shows the page below the cell')
     elif os.environ.get('SSH_CONNECTION'):
@@ -124,12 +135,7 @@ def main(argv=None):
     print('Ctrl-C ends it', flush=True)
     if open and can_open():
         threading.Timer(0.3, webbrowser.open, [address_of(site, server)]).start()
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        print('ended')
-    finally:
-        server.server_close()
+    server.serve_forever()
 
 
 if __name__ == '__main__':

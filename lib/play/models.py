@@ -96,8 +96,8 @@ class Models:
         best = state.get('best_val_loss')
         return found | {
             'ready': True, 'changed': changed, 'version': opened.version, 'params': opened.model.num_params(),
-            'tokenizer': tok.kind, 'vocab_size': tok.vocab_size, 'block_size': config.block_size, 'layers': config.n_layer,
-            'heads': config.n_head, 'iter': state.get('iter_num'),
+            'tokenizer': tok.kind, 'vocab_size': tok.vocab_size, 'block_size': config.block_size,
+            'layers': config.n_layer, 'heads': config.n_head, 'iter': state.get('iter_num'),
             'val_loss': round(float(best), 4) if isinstance(best, (int, float)) and abs(best) < 1e6 else None,
             'chat': chat_marks(opened) is not None, 'passages': _dataset_name(state) != ''}
 

@@ -258,8 +258,8 @@ def look(opened, text, layer, head, drop_unknown=False):
         opened.cache['weights'], opened.cache['look'] = attention.weights(opened.model, shown), key
     found = opened.cache['weights']  # (n_layer, nh, T, T)
     return {'tokens': [label(opened, i) for i in shown], 'left_out': len(ids) - len(shown), 'layer': layer,
-            'head': head, 'weights': attention.packed(found[layer, head]), 'version': opened.version,
-            **attention.maps(found)}
+            'head': head, 'layers': config.n_layer, 'heads': config.n_head, 'version': opened.version,
+            'weights': attention.packed(found[layer, head]), **attention.maps(found)}
 
 
 def chat(opened, turns, max_new_tokens, seed, rules):
