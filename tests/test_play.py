@@ -82,7 +82,7 @@ def folder(tmp_path, monkeypatch):
 
 @pytest.fixture
 def play(folder):
-    """play('out', ...) serves run folders; what was started is stopped."""
+    """play('out', ...) serves run folders in this process; the servers stop with the test."""
     started = []
 
     def play(*names, **site):
@@ -597,7 +597,7 @@ def test_a_bug_is_told_to_the_reader_and_shown_in_the_terminal(served, monkeypat
 
 def test_a_folder_with_nothing_to_show_is_named(run, folder):
     done = run('play.py', '--out_dir=nowhere', '--device=cpu')
-    assert done.status == 2 and 'out_dir=nowhere: neither ckpt.pt nor log.jsonl' in done.last_error
+    assert done.status == 2 and 'out_dir=nowhere: no ckpt.pt and no log.jsonl' in done.last_error
 
 
 def test_a_port_in_use_is_told_in_one_line(run, folder):
@@ -605,7 +605,7 @@ def test_a_port_in_use_is_told_in_one_line(run, folder):
     with socket.create_server(('127.0.0.1', 0)) as other:
         port = other.getsockname()[1]
         done = run('play.py', f'--port={port}', '--open=False', '--device=cpu')
-    assert done.status == 1 and f'cannot listen at 127.0.0.1:{port}' in done.last_error
+    assert done.status == 1 and f'cannot listen on 127.0.0.1:{port}' in done.last_error
 
 
 @pytest.mark.parametrize('flags, address', [

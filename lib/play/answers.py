@@ -1,4 +1,4 @@
-"""From a request of the page to what answers it: every value is checked here, by type and by size."""
+"""From a request to its answer: the type and size of every value are checked here."""
 import contextlib
 
 from lib.play import views
@@ -28,7 +28,7 @@ def text_of(body, name):
 
 
 def number_of(body, name, kind, low, high, default=None):
-    """Return a number of the request, `kind` int or float, at least `low` and at most `high`."""
+    """Return a number of the request as `kind`, int or float; it must be between `low` and `high`."""
     value = body.get(name, default)
     fine = isinstance(value, (int, float)) and not isinstance(value, bool) and low <= value <= high
     if not fine or (kind is int and value != int(value)):
@@ -37,7 +37,7 @@ def number_of(body, name, kind, low, high, default=None):
 
 
 def rules_of(body):
-    """Return the rules that pick a token, within the limits of sample.py."""
+    """Return the sampling rules, within the limits of sample.py."""
     return {'temperature': number_of(body, 'temperature', float, 0, 100, 0.8),
             'top_k': number_of(body, 'top_k', int, 0, 2**31, 0),
             'top_p': number_of(body, 'top_p', float, 1e-9, 1, 1.0),
@@ -56,16 +56,16 @@ def turns_of(body):
     fine = (isinstance(turns, list) and 0 < len(turns) <= MOST_TURNS and all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn) for turn in turns))
     if not fine or any(role != ('user', 'assistant')[i % 2] for i, (role, _) in enumerate(turns)):
-        raise BadRequest(f'turns must be a list of at most {MOST_TURNS} [role, text], user and assistant by turns')
+        raise BadRequest(f'turns must be a list of at most {MOST_TURNS} [role, text], alternating user and assistant')
     if sum(len(text) for _, text in turns) > MOST_CHARACTERS:
         raise BadRequest(f'the conversation has over {MOST_CHARACTERS:,} characters; begin a new one')
     return turns
 
 
 def answer(site, path, body):
-    """Return (work, queued) for a request: a function that yields the answer, and whether the worker computes it.
+    """Return (work, queued): a function that yields the lines of the answer, and whether the worker must compute it.
 
-    BadRequest says what is wrong with it.
+    path: of the request. body: its parsed JSON. BadRequest names the value that is wrong.
     """
     if not isinstance(body, dict):
         raise BadRequest('expected a JSON object')

@@ -1,6 +1,6 @@
-"""Attention weights, recomputed beside the model: its own kernels never write them down.
+"""Attention weights, recomputed outside the model, because its fused kernels never store them.
 
-A hook sees what enters each CausalSelfAttention; softmax(q k^T / sqrt(hs)) follows from that as in model.py.
+A hook takes the input of each CausalSelfAttention and computes softmax(q k^T / sqrt(hs)) from it, as model.py does.
 """
 import base64
 import math
@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from model import rotate
 
-SIDE = 24  # points of a small picture, at most
+SIDE = 24  # width of a thumbnail in points, at most
 
 
 def recompute(attn, x, rope):
@@ -49,8 +49,8 @@ def packed(tensor):
 
 
 def maps(found):
-    """Return {'side', 'maps'} of weights (n_layer, nh, T, T): each at most SIDE points wide, a byte per point."""
+    """Return {'side', 'maps'}: a thumbnail of each head of weights (n_layer, nh, T, T), one byte per point."""
     T = found.size(-1)
     side = min(SIDE, T)
-    small = F.adaptive_max_pool2d(found.flatten(0, 1)[:, None], side)[:, 0]  # a sharp line would fade in a mean
+    small = F.adaptive_max_pool2d(found.flatten(0, 1)[:, None], side)[:, 0]  # a mean would blur single bright points
     return {'side': side, 'maps': packed((small.clamp(0, 1).sqrt() * 255).to(torch.uint8))}

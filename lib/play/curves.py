@@ -1,4 +1,4 @@
-"""The curves of runs that may still be training: what was appended to each log.jsonl since the page last asked."""
+"""Loss curves of runs that may still be training: the new records of each log.jsonl since the last request."""
 import json
 import os
 import time
@@ -8,11 +8,11 @@ FIELDS = ('iter', 'loss', 'lr', 'tok_s', 'step', 'train_loss', 'val_loss', 'val_
 
 
 def appended(path, cursor):
-    """Return {'cursor', 'anew', 'more', 'idle', 'records'} of a log.jsonl after `cursor`, or of all of it without one.
+    """Return the records of a log.jsonl after `cursor`, as {'cursor', 'anew', 'more', 'idle', 'records'}.
 
-    cursor: [number of the file, bytes read so far], as an earlier answer gave it. anew: the file was replaced, as by a
-    resumed run, so what was read before does not count. more: ask again at once. idle: seconds since it was written
-    to. A last line without its line end is left for the next time.
+    cursor: [inode, bytes read so far] from an earlier answer, or None. anew: the file was replaced, for instance by a
+    resumed run, so drop the earlier records. more: there is more to read now. idle: seconds since the last write. An
+    unfinished last line is left for the next request.
     """
     with open(path, 'rb') as file:
         stat = os.fstat(file.fileno())
@@ -23,7 +23,7 @@ def appended(path, cursor):
         raw = file.read(MOST)
     whole = raw[:raw.rfind(b'\n') + 1]
     if len(raw) == MOST and not whole:
-        whole = raw  # no log has a line of a megabyte; pass over it
+        whole = raw  # no record is a megabyte long; skip it
     records = []
     for line in whole.splitlines():
         try:
@@ -38,7 +38,7 @@ def appended(path, cursor):
 
 
 def curves(logs, cursors):
-    """Return a dict for each run of `logs` (name to path) with what `appended` finds; one that has gone is left out."""
+    """Return `appended` for each run of `logs`, {name: path}; a log that no longer exists is left out."""
     found = []
     for name, path in logs.items():
         try:

@@ -1,4 +1,4 @@
-"""The models that the page shows: opened once, and opened again when train.py writes a new checkpoint."""
+"""The models that the page shows: opened once, and again when train.py has written a new checkpoint."""
 import threading
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,21 +8,21 @@ from lib.text import dataset
 from lib.weights import load_model
 from model import GPT
 
-MOST_RUNS = 50  # log.jsonl files read below the named folders
+MOST_RUNS = 50  # log.jsonl files to read in the named folders, at most
 
 
 @dataclass
 class Opened:
-    """A model that is ready: `version` differs from every other model's, an earlier one of the same folder included."""
+    """A model that is ready. version: a new number each time that a model is opened."""
     model: GPT
     tok: object
     state: dict  # the checkpoint without its tensors
     version: int
-    cache: dict = field(default_factory=dict)  # results worth keeping while this model is shown
+    cache: dict = field(default_factory=dict)  # results to reuse while this model is shown
 
 
 def signature(path):
-    """Return what changes when a file is replaced or written to, or None where it does not exist."""
+    """Return a value that changes when the file is replaced or written to; None if it does not exist."""
     try:
         stat = path.stat()
     except OSError:
@@ -31,7 +31,7 @@ def signature(path):
 
 
 def usable(name, model, tok, state):
-    """Raise UserError where a model that could be read cannot be used."""
+    """Raise UserError if the model contains NaN or does not fit its tokenizer."""
     if load_model.has_nan(model):
         raise UserError(f'{name}: the checkpoint contains NaN (iter {state.get("iter_num", "unknown")})')
     if tok.vocab_size > model.config.vocab_size:
@@ -40,7 +40,7 @@ def usable(name, model, tok, state):
 
 
 class Models:
-    """The named models. Only the worker's thread computes with them; `describe` may be called from any thread."""
+    """The named models. Only the worker thread may call `get`; any thread may call the other methods."""
 
     def __init__(self, folders, pretrained, rt):
         """folders: run folders, which may have no checkpoint yet. pretrained: an init_from other than resume, or ''."""
@@ -51,10 +51,7 @@ class Models:
         self.versions, self.lock = 0, threading.Lock()
 
     def get(self, name):
-        """Return the newest Opened of a model; UserError where there is none.
-
-        A checkpoint that cannot be read leaves the model that was opened before it in place.
-        """
+        """Return the Opened model `name` from its newest readable checkpoint; UserError if there is no such model."""
         if name not in self.names:
             raise UserError(f'no model {str(name)[:100]!r} here; play.py was started with {", ".join(self.names)}')
         path = Path(name) / 'ckpt.pt'
@@ -82,7 +79,7 @@ class Models:
                 raise
 
     def describe(self):
-        """Return what the page shows of each model, a dict each."""
+        """Return a list with one dict per model, as the page shows it."""
         return [self._describe(name) for name in self.names]
 
     def _describe(self, name):
@@ -102,31 +99,31 @@ class Models:
             'chat': chat_marks(opened) is not None, 'passages': _dataset_name(state) != ''}
 
     def wanted(self):
-        """Return the names of models that were not opened yet although their checkpoint exists by now."""
+        """Return the models that are not open although their checkpoint now exists."""
         return [name for name in self.folders if name not in self.opened
                 and signature(Path(name) / 'ckpt.pt') not in (None, self.signatures.get(name))]
 
     def logs(self):
-        """Return {run name: its log.jsonl} of the named folders and of the runs in folders right below them."""
+        """Return {run name: path of its log.jsonl} for the named folders and their direct subfolders."""
         found = {}
         for name in self.folders:
             folder = Path(name)
             for path in [folder / 'log.jsonl', *sorted(folder.glob('*/log.jsonl'))]:
-                inside = path.resolve().is_relative_to(folder.resolve())  # a link may lead elsewhere
+                inside = path.resolve().is_relative_to(folder.resolve())  # a link may point outside
                 if inside and path.is_file() and len(found) < MOST_RUNS:
                     found[path.parent.as_posix()] = path
         return found
 
 
 def chat_marks(opened):
-    """Return the checkpoint's dialogue marks {'user', 'assistant', 'end'}, or None where it has none."""
+    """Return the checkpoint's dialogue marks {'user', 'assistant', 'end'}, or None if it has none."""
     marks = opened.state.get('chat')
     known = isinstance(marks, dict) and all(isinstance(marks.get(k), str) for k in ('user', 'assistant', 'end'))
     return marks if known and marks['end'] else None
 
 
 def _dataset_name(state):
-    """Return the dataset a checkpoint was trained on, '' where it is none of the folders right below data/."""
+    """Return the name of the dataset a checkpoint was trained on, '' if it is not a folder in data/."""
     config = state.get('config')
     name = config.get('dataset') if isinstance(config, dict) else None
     if not isinstance(name, str) or not name or name.startswith('.') or any(c in name for c in '/\\:\0'):
@@ -135,9 +132,9 @@ def _dataset_name(state):
 
 
 def passage(opened, place, n_tokens):
-    """Return about n_tokens of the validation split as text. place: 0 to 1, where in the split it begins.
+    """Return n_tokens of the validation split as text. place: its position in the split, from 0 to 1.
 
-    UserError where the split is not on this machine, or is encoded by another tokenizer.
+    UserError if the dataset is not on this machine or has another tokenizer.
     """
     name = _dataset_name(opened.state)
     if not name:

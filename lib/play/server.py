@@ -1,8 +1,8 @@
-"""The page's server: the standard library's, one thread per connection, one worker that computes.
+"""The HTTP server behind play.py: one thread per connection, one worker thread that computes.
 
-Only POST requests under /api/ do anything. They must come from the page itself: the Host and Origin headers are
-checked, so that a web page that points its own name at this machine (DNS rebinding) is refused; where the server can
-be reached from elsewhere, a token in the address is needed as well. What is read is bounded in size and in time.
+Only POST requests to /api/ do anything. Their Host and Origin headers are checked, so that a foreign web page whose
+name points to this machine (DNS rebinding) is refused. If other machines can reach the server, requests also need the
+token of the printed address. The size of a request and the number and duration of connections are limited.
 """
 import base64
 import hashlib
@@ -31,13 +31,13 @@ PAGE = Path(__file__).with_name('page.html')
 
 
 def host_of(header):
-    """Return the host of a Host header without its port, in lower case, or ''."""
+    """Return the host in a Host header in lower case and without its port; '' if it is malformed."""
     found = re.fullmatch(r'(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]/@\s]+))(?::\d{1,5})?', header or '')
     return (found[1] or found[2]).lower() if found else ''
 
 
 def is_address(host):
-    """True where `host` is an IP address: no name, so nothing that a stranger's DNS could point here."""
+    """True if `host` is an IP address; unlike a name it does not depend on DNS."""
     try:
         ipaddress.ip_address(host)
     except ValueError:
@@ -46,12 +46,12 @@ def is_address(host):
 
 
 def is_loopback(host):
-    """True where a server bound to `host` can be reached from this machine alone."""
+    """True if a server bound to `host` can be reached only from this machine."""
     return host == 'localhost' or (is_address(host) and ipaddress.ip_address(host).is_loopback)
 
 
 def content_policy(page, framed):
-    """Return the Content-Security-Policy of the page: its own script alone runs, and it talks to this server alone."""
+    """Return the Content-Security-Policy: only the page's own script runs, and it connects only to this server."""
     scripts = re.findall(r'<script>(.*?)</script>', page, re.S)
     hashes = ' '.join(f"'sha256-{base64.b64encode(hashlib.sha256(s.encode()).digest()).decode()}'" for s in scripts)
     policy = (f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; connect-src 'self'; img-src data:; "
@@ -60,9 +60,9 @@ def content_policy(page, framed):
 
 
 class Handler(BaseHTTPRequestHandler):
-    timeout = 30  # seconds that a connection may be silent
+    timeout = 30  # seconds without a byte after which a connection is closed
     server_version, sys_version = 'minuteGPT', ''
-    unread = False  # True while a request's body was not read
+    unread = False  # True while the body of a POST request has not been read
 
     def log_message(self, *args):
         pass
@@ -72,7 +72,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def refuse(self, status, message):
         length = self.headers.get('Content-Length', '') if getattr(self, 'headers', None) else ''
-        if self.unread and re.fullmatch(r'\d{1,9}', length):  # what was not read would break the connection off
+        if self.unread and re.fullmatch(r'\d{1,9}', length):  # closing with unread data would lose the answer
             for _ in range(min(int(length), 8 * MOST_BYTES) // 65536):
                 self.rfile.read(65536)
             self.rfile.read(min(int(length), 8 * MOST_BYTES) % 65536)
@@ -96,7 +96,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header('Cross-Origin-Resource-Policy', 'same-origin')
 
     def stranger(self, token):
-        """Return why a request is refused, as (status, message), or None. token: the one that it came with."""
+        """Return (status, message) if the request must be refused, else None. token: the one it carries."""
         site = self.server.site
         if not site.proxied:
             host, origin = self.headers.get('Host', ''), self.headers.get('Origin')
@@ -106,7 +106,7 @@ class Handler(BaseHTTPRequestHandler):
             if origin is not None and origin not in (f'http://{host}', f'https://{host}'):
                 return 403, f'Origin {origin[:100]!r} is not this page'
         if site.token and not hmac.compare_digest(site.token.encode(), (token or '').encode('utf-8', 'replace')):
-            return 401, 'the token in the address is missing or of an earlier start; open the address that was printed'
+            return 401, 'the token in the address is missing or out of date; open the address that play.py printed'
         return None
 
     def do_GET(self):
@@ -142,10 +142,10 @@ class Handler(BaseHTTPRequestHandler):
         try:
             self.stream(work, queued)
         except (ConnectionError, TimeoutError):
-            pass  # the reader has gone
+            pass  # the client has disconnected
 
     def stream(self, work, queued):
-        """Send what `work()` yields, one line of JSON each; queued: computed by the worker, when its turn comes."""
+        """Send the results of `work()`, one line of JSON each. queued: let the worker compute them."""
         if not queued:
             return self.lines(('item', item) for item in work())
         try:
@@ -158,7 +158,7 @@ class Handler(BaseHTTPRequestHandler):
             job.cancel()
 
     def results(self, job):
-        """Yield a job's results, looking every 0.2 seconds whether anybody still waits for them."""
+        """Yield the results of a job; ConnectionAbortedError if the client disconnects, checked every 0.2 seconds."""
         kind = ''
         while kind not in ('end', 'error'):
             try:
@@ -186,11 +186,11 @@ class Handler(BaseHTTPRequestHandler):
 
 @dataclass
 class Site:
-    """What is served, and to whom. token: '' where none is needed. proxied: a notebook's proxy changes the headers."""
+    """What is served and to whom. token: '' if none is needed. proxied: a notebook's proxy rewrites the headers."""
     models: Models
     host: str = '127.0.0.1'
     token: str = ''
-    framed: bool = False  # the page may be part of another
+    framed: bool = False  # other pages may embed this one
     proxied: bool = False
     worker: Worker = field(default_factory=Worker)
 

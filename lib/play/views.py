@@ -1,6 +1,6 @@
-"""What the page shows, computed: likely next tokens, written text, surprise, attention, a conversation.
+"""What the page shows: next-token probabilities, generated text, surprise, attention, chat.
 
-Shapes: B rows, T tokens, V tokens that the tokenizer knows. Probabilities and the text come from lib/generate.py.
+Shapes: B rows, T tokens, V tokens that the tokenizer knows. lib/generate.py picks the tokens.
 """
 import codecs
 import math
@@ -14,15 +14,15 @@ from lib.play import attention
 from lib.play.models import chat_marks
 
 BARS = 20  # tokens of `likely`
-OTHERS = 8  # tokens shown beside each written one
-FLUSH = 0.05  # seconds between two parts of written text
+OTHERS = 8  # alternatives reported with each written token
+FLUSH = 0.08  # seconds between two parts of a streamed text; each part costs about one token of a small model
 MOST_LOOK = 192  # tokens of an attention map
 
 
 def encode(opened, text, drop_unknown=False):
-    """Return the ids of a text; an end-of-text mark that it spells out becomes that token.
+    """Return the ids of a text; '<|endoftext|>' in it becomes that token if the tokenizer has it.
 
-    drop_unknown: leave out the characters that a character tokenizer lacks; they are a TextError otherwise.
+    drop_unknown: leave out characters that a character tokenizer lacks instead of raising TextError.
     """
     tok = opened.tok
     if drop_unknown and tok.kind == 'char':
@@ -35,7 +35,7 @@ def encode(opened, text, drop_unknown=False):
 
 
 def prompt_ids(opened, prompt, after):
-    """Return the ids of a prompt, as sample.py has them, and of what was written after it; `after` is checked."""
+    """Return the ids of a prompt, as in sample.py, followed by `after`; UserError if an id in it is unknown."""
     ids = encode(opened, prompt) or opened.tok.start_ids
     wrong = [i for i in after if not 0 <= i < opened.tok.vocab_size]
     if wrong:
@@ -44,7 +44,7 @@ def prompt_ids(opened, prompt, after):
 
 
 def label(opened, i):
-    """Return a token in letters: its text, or its bytes in hexadecimal where they are part of a character."""
+    """Return the text of token i, or its bytes in hexadecimal if they are an incomplete character."""
     labels = opened.cache.setdefault('labels', {})
     if i not in labels:
         raw = opened.tok.decode_bytes([i])
@@ -56,14 +56,14 @@ def label(opened, i):
 
 
 class Pieces:
-    """Groups tokens into pieces of text that end where a character ends; a BPE or byte token may be part of one."""
+    """Groups tokens into pieces of whole characters; a byte or BPE token may be a part of a character."""
 
     def __init__(self, opened):
         self.opened, self.utf8 = opened, codecs.getincrementaldecoder('utf-8')('replace')
         self.text, self.tokens = '', []
 
     def add(self, i, about):
-        """Take token i with what is known `about` it; returns (text, [about of each token]), or None in a character."""
+        """Add token i; return (text, [about of each of its tokens]) when the characters are complete, else None."""
         mark = i == self.opened.tok.eot
         self.text += self.utf8.decode(b'' if mark else self.opened.tok.decode_bytes([i]), final=mark)
         self.tokens.append(about)
@@ -73,17 +73,17 @@ class Pieces:
         return whole
 
     def rest(self):
-        """Return the last piece where the text ends inside a character, as U+FFFD, else None."""
+        """Return a last, incomplete piece with U+FFFD as its text; None if the last character is complete."""
         text, tokens = self.text + self.utf8.decode(b'', final=True), self.tokens
         self.text, self.tokens = '', []
         return (text, tokens) if tokens else None
 
 
 def probabilities(logits, seen, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
-    """Return (before, drawn, in_k), each (B, V), of logits (B, V): what lib/generate.py draws from.
+    """Return (before, drawn, in_k), each (B, V): the distributions that lib/generate.py makes of logits (B, V).
 
-    before: probabilities by temperature and penalty alone (temperature 0 counts as 1). drawn: those left after top-k
-    and top-p, which sum to 1. in_k: bool, the tokens that top-k kept. seen: (B, V) bool, or None without a penalty.
+    before: after penalty and temperature (0 counts as 1). drawn: also after top-k and top-p; the one to draw from. Rows
+    of both sum to 1. in_k: bool, the tokens that top-k keeps. seen: (B, V) bool, the tokens to penalise, or None.
     """
     if seen is not None:
         logits = generate.penalize(logits, seen, repetition_penalty)
@@ -100,7 +100,7 @@ def probabilities(logits, seen, *, temperature=1.0, top_k=0, top_p=1.0, repetiti
 
 
 def _seen(ids, V, rules, device):
-    """Return (1, V) bool, the tokens in `ids`, or None where no rule asks for it."""
+    """Return the tokens in `ids` as (1, V) bool, or None if there is no repetition penalty."""
     if rules.get('repetition_penalty', 1.0) == 1:
         return None
     return torch.zeros(1, V, dtype=torch.bool, device=device).scatter_(1, torch.tensor([ids], device=device), True)
@@ -108,10 +108,11 @@ def _seen(ids, V, rules, device):
 
 @torch.inference_mode()
 def likely(opened, prompt, after, rules):
-    """Return {'bars', 'rest', ...}: the BARS likeliest next tokens, and what is left for all others together.
+    """Return {'bars', 'rest', ...}: the BARS likeliest next tokens, and the sum of all others.
 
-    A bar's p is the probability with which the token is drawn, `before` that before top-k and top-p, cut the name of
-    the rule that leaves it out, or ''. All p and the rest's sum to 1. Logits are kept while only sliders move.
+    In a bar, p is the probability to draw the token, `before` is its probability before top-k and top-p, and cut names
+    the rule that excludes it, or is ''. All p, that of `rest` included, sum to 1. Logits are reused while only the
+    rules change.
     """
     model, V = opened.model, opened.tok.vocab_size
     device = model.lm_head.weight.device
@@ -135,11 +136,10 @@ def likely(opened, prompt, after, rules):
 
 
 def write(opened, prompt, after, max_new_tokens, seed, rules):
-    """Yield {'pieces': [(text, tokens)]} as the text grows, then {'done': ...}; the tokens are sample.py's.
+    """Yield {'pieces': [(text, tokens)]} as the text grows, then {'done': ...}. It is the text that sample.py writes.
 
-    A token is [id, probability it was drawn with, [[id, text, before, drawn] of the OTHERS likeliest]]; see `likely`.
-    Those of `after`, which come first, are [id] alone.
-    A hook keeps the logits that generate() sees, so that its draws are not disturbed.
+    A token is [id, p, [[id, text, before, p] of the OTHERS likeliest tokens]], with `before` and p as in `likely`. The
+    tokens in `after` come first, as [id]. A hook records the logits, so that generate() draws as it does in sample.py.
     """
     tok, model, began = opened.tok, opened.model, time.perf_counter()
     ids, logits = prompt_ids(opened, prompt, after), []
@@ -176,7 +176,7 @@ def write(opened, prompt, after, max_new_tokens, seed, rules):
 
 @torch.inference_mode()
 def _beside(opened, logits, seen, new, rules):
-    """Return what `write` tells of each token of `new` (1, n), drawn by logits (n, V); `seen` (1, V) is updated."""
+    """Return `write`'s record of each token of `new` (1, n), drawn from logits (n, V); update `seen` (1, V)."""
     if not bool(logits.isfinite().any(-1).all()) or int(new.min()) < 0:
         raise UserError(f'the model computes NaN or infinity in {opened.model.dtype}; try --dtype=float32')
     rows = seen
@@ -194,7 +194,7 @@ def _beside(opened, logits, seen, new, rules):
 
 
 def windows(n_tokens, block_size):
-    """Yield (start, length, fresh) as evaluate.py does with a stride of half a context: `fresh` targets at the end."""
+    """Yield (start, length, fresh) as evaluate.py does with stride block_size / 2: the last `fresh` targets are new."""
     done = start = 0
     while done < n_tokens - 1:
         end = min(start + block_size, n_tokens - 1)
@@ -205,8 +205,8 @@ def windows(n_tokens, block_size):
 def read(opened, text, drop_unknown=False):
     """Yield {'pieces': [(text, [(id, bits) of its tokens])]} over a text, then {'done': totals}.
 
-    bits: the token's surprise, -log2 of the probability the model gave it; None for the first, which nothing predicts.
-    Each token sees at least half a context before it, as by evaluate.py --stride=block_size / 2.
+    bits: the surprise, -log2 of the probability of the token; None for the first, which is not predicted. Windows are
+    those of evaluate.py --stride=block_size / 2, so a token has at least half a context before it.
     """
     ids = encode(opened, text, drop_unknown)
     if not ids:
@@ -241,8 +241,8 @@ def _surprise(model, idx, targets, fresh):
 def look(opened, text, layer, head, drop_unknown=False):
     """Return {'tokens', 'weights', 'maps'}: the attention of a head over a text's first MOST_LOOK tokens.
 
-    weights: (T, T) rows that sum to 1, as base64 of float32. maps: a small picture of every layer and head, as base64
-    of one byte per point, (n_layer, n_head, side, side).
+    weights: (T, T), rows sum to 1, as base64 of float32. maps: thumbnails of all heads, (n_layer, n_head, side, side),
+    as base64 of bytes.
     """
     config = opened.model.config
     ids = encode(opened, text, drop_unknown)
@@ -263,7 +263,7 @@ def look(opened, text, layer, head, drop_unknown=False):
 
 
 def chat(opened, turns, max_new_tokens, seed, rules):
-    """Yield {'text': ...} of the answer to `turns`, then {'done': ...}: [(role, text)], by turns user and assistant."""
+    """Yield {'text': ...} as the answer grows, then {'done': ...}. turns: [(role, text)], user and assistant."""
     marks = chat_marks(opened)
     if marks is None:
         raise UserError('this model was not trained on dialogues')

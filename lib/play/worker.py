@@ -1,18 +1,18 @@
-"""One thread that computes: requests queue, and what nobody waits for any more is left."""
+"""One thread that computes: requests wait in a queue, and cancelled ones stop."""
 import queue
 import threading
 
 from configurator import UserError
 
-MOST_WAITING = 32  # requests
+MOST_WAITING = 32  # requests in the queue, at most
 
 
 class Busy(Exception):
-    """Too many requests are waiting."""
+    """The queue is full."""
 
 
 class Job:
-    """A request's results as they come; `cancel` it when its reader has gone."""
+    """A request and the queue of its results; call `cancel` when the client has disconnected."""
 
     def __init__(self, work):
         self.work, self.results, self.cancelled = work, queue.Queue(maxsize=64), threading.Event()
@@ -24,11 +24,11 @@ class Job:
         while not self.cancelled.is_set():
             try:
                 return self.results.put(item, timeout=0.2)
-            except queue.Full:  # a reader that is slow, or has gone without a word
+            except queue.Full:  # a slow client, or one whose disconnection is not known yet
                 continue
 
     def run(self):
-        """Compute in the worker's thread: results are put as ('item', value), then ('end', None) or ('error', line)."""
+        """Compute, in the worker thread: put ('item', value) for each result, then ('end', None) or ('error', line)."""
         end = 'end', None
         items = None
         try:
@@ -40,7 +40,7 @@ class Job:
                         break
         except UserError as error:
             end = 'error', error.message
-        except Exception as error:  # a bug: the page must not wait for ever, and the traceback goes to the terminal
+        except Exception as error:  # a bug: report it to the page and print the traceback
             end = 'error', f'{type(error).__name__}: {str(error)[:300]}'
             threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, None)))
         finally:
@@ -50,7 +50,7 @@ class Job:
 
 
 class Worker:
-    """Runs jobs one after another, first come, first served."""
+    """Runs jobs one at a time, in the order in which they were submitted."""
 
     def __init__(self):
         self.waiting = queue.Queue(maxsize=MOST_WAITING)
@@ -61,7 +61,7 @@ class Worker:
             self.waiting.get().run()
 
     def submit(self, work):
-        """Queue `work`, a function that returns an iterable of results; returns its Job. Busy where too many wait."""
+        """Queue `work`, a function that returns an iterable of results; return its Job. Busy if the queue is full."""
         job = Job(work)
         try:
             self.waiting.put_nowait(job)
