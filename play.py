@@ -15,7 +15,8 @@ import threading
 import webbrowser
 from pathlib import Path
 
-from configurator import UserError, configure
+from configurator import Origin, UserError, configure
+from lib.machine import device as devices
 from lib.machine import runtime
 from lib.play.models import Models
 from lib.play.server import Server, Site, is_loopback
@@ -43,18 +44,19 @@ def folders(settings):
 
 
 def check(s):
-    """Return the problems in the Settings `s`, one per line."""
-    rules = {
+    """Return a list of errors in the Settings `s`."""
+    valid = {
         'port': (0 <= s['port'] < 2**16, '0 (any) to 65535'),
-        'dtype': (s['dtype'] in ('auto', *runtime.DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
+        'dtype': (s['dtype'] in ('auto', *devices.DTYPES), f'one of {", ".join(devices.DTYPES)}'),
         'out_dir': (s['init_from'] != 'resume' or folders(s), 'at least one folder'),
     }
-    found = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in rules.items() if not fine]
+    errors = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in valid.items() if not fine]
     for name in folders(s):
         if not any((Path(name) / file).is_file() for file in ('ckpt.pt', 'log.jsonl')):
-            found.append(f'out_dir={name}: no ckpt.pt and no log.jsonl there; train a model first, or name its folder')
-    problem = runtime.device_problem(s['device'])
-    return found + [problem] * bool(problem)
+            errors.append(f'out_dir={name}: no ckpt.pt and no log.jsonl there; train a model first, or name its folder')
+    if problem := devices.device_problem(s['device']):
+        errors.append(problem)
+    return errors
 
 
 def load(settings, rt):
@@ -101,16 +103,16 @@ def can_open():
 
 
 def main(argv=None):
-    settings = configure(globals(), argv, early={'device': runtime.pick_device}, check=check)
+    settings = configure(globals(), argv, early={'device': devices.pick_device}, check=check)
     for name, value in (('seed', 0), ('compile', False)):  # what runtime.start asks for; the page has its own seed
         settings.setdefault(name, value)
-        settings.origins.setdefault(name, 'default')
+        settings.origins.setdefault(name, Origin())
     rt = runtime.start(settings)
     notebook, colab = log.in_notebook(), 'google.colab' in sys.modules
     secret = secrets.token_urlsafe(16) if not is_loopback(host) or colab else ''
     site = Site(load(settings, rt), host, secret, framed=notebook, proxied=notebook and colab)
     server = listen(site, settings.given('port'))
-    print(f'device: {rt.why}')
+    print(f'device: {rt.description}')
     if notebook:  # the cell ends, and the page works while the kernel does
         threading.Thread(target=server.serve_forever, daemon=True).start()
         print(f'open {address_of(site, server)}')

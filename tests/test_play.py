@@ -101,14 +101,15 @@ RULES = [{}, {'temperature': 0.5}, {'top_k': 3}, {'top_p': 0.6}, {'top_k': 6, 't
 
 
 @pytest.mark.parametrize('rules', RULES)
-def test_bars_are_the_probabilities_that_pick_draws_with(play, folder, rules):
+def test_bars_are_the_probabilities_that_tokens_are_drawn_with(play, folder, rules):
     model = write_run(folder / 'out')
     rules = {'temperature': 1.0, **rules}
     answer, = play('out').ask('next', prompt='abc人', **rules)
     ids = torch.tensor([[CHARS.index(c) for c in 'abc人']])
     logits = model(ids)[0][:, -1].expand(40_000, -1)
     seen = torch.zeros(1, len(CHARS), dtype=torch.bool).scatter_(1, ids, True)
-    drawn = generate.pick(logits, seen, torch.Generator().manual_seed(0), **rules)
+    uniform = torch.rand(len(logits), generator=torch.Generator().manual_seed(0))
+    drawn = generate.sample_next_token(logits, uniform, seen, **rules)
     share = torch.bincount(drawn, minlength=len(CHARS)) / len(drawn)
     assert max(abs(bar['p'] - share[bar['id']]) for bar in answer['bars']) < 0.012
     assert all(share[bar['id']] == 0 for bar in answer['bars'] if bar['p'] == 0)
@@ -197,7 +198,7 @@ def test_surprise_is_the_negative_logarithm_of_a_tokens_probability(play, folder
     pieces = [piece for line in lines for piece in line.get('pieces', ())]
     assert [text for text, _ in pieces] == ['a', '人', 'b']
     ids = list('a人b'.encode())
-    logits = model(torch.tensor([ids]), torch.tensor([ids]))[0][0].detach()
+    logits = model(torch.tensor([ids]), torch.tensor([ids]), return_logits=True)[0][0].detach()
     expected = [None, *(round(float(-logits[t].log_softmax(-1)[i] / np.log(2)), 3) for t, i in enumerate(ids[1:]))]
     assert [bits for _, tokens in pieces for _, bits in tokens] == pytest.approx(expected, abs=2e-3)
 
@@ -258,7 +259,7 @@ def test_the_conversation_has_the_checkpoints_marks_and_ends_at_its_end_mark(pla
     text = ''.join(line.get('text', '') for line in lines)
     tok = models.Models(['out'], '', CPU).get('out').tok
     ids = tok.encode('a\ncb\nd\n\na\neb\n')
-    expected = generate.complete(model, tok, ids, 1, 20, stop='\n\n', seed=5, temperature=0.8)
+    expected = generate.generate_text(model, tok, ids, 1, 20, stop='\n\n', seed=5, temperature=0.8)
     assert text == ''.join(piece for _, piece, _ in expected)
 
 

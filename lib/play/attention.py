@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from model import rotate
+from model import apply_rotary_emb
 
 SIDE = 24  # width of a thumbnail in points, at most
 
@@ -16,12 +16,13 @@ SIDE = 24  # width of a thumbnail in points, at most
 def recompute(attn, x, rope):
     """Return the weights (nh, T, T) of an attention layer for its input x (1, T, C), in float32; rows sum to 1."""
     B, T, C = x.shape
-    q, k, _ = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).permute(2, 0, 3, 1, 4)  # (1, nh, T, hs)
+    q, k, _ = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).unbind(2)  # (1, T, nh, hs) each
     if attn.qk_norm is not None:
         q, k = attn.qk_norm(q), attn.qk_norm(k)
     if rope is not None:
-        q, k = rotate(q, rope), rotate(k, rope)
-    scores = q[0].float() @ k[0].float().mT / math.sqrt(q.size(-1))  # (nh, T, T)
+        q, k = apply_rotary_emb(q, rope), apply_rotary_emb(k, rope)
+    q, k = q[0].transpose(0, 1).float(), k[0].transpose(0, 1).float()  # (nh, T, hs) each
+    scores = q @ k.mT / math.sqrt(q.size(-1))  # (nh, T, T)
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
     return scores.masked_fill(future, -math.inf).softmax(-1)
 

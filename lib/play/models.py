@@ -4,8 +4,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import UserError
-from lib.text import dataset
-from lib.weights import load_model
+from lib.text import data_folder, dataset
+from lib.weights.load_model import load_model
 from model import GPT
 
 MOST_RUNS = 50  # log.jsonl files to read in the named folders, at most
@@ -28,15 +28,6 @@ def signature(path):
     except OSError:
         return None
     return stat.st_ino, stat.st_size, stat.st_mtime_ns
-
-
-def usable(name, model, tok, state):
-    """Raise UserError if the model contains NaN or does not fit its tokenizer."""
-    if load_model.has_nan(model):
-        raise UserError(f'{name}: the checkpoint contains NaN (iter {state.get("iter_num", "unknown")})')
-    if tok.vocab_size > model.config.vocab_size:
-        raise UserError(f'{name}: the model has {model.config.vocab_size} tokens, its tokenizer ({tok.kind}) '
-                        f'{tok.vocab_size}: they do not belong together')
 
 
 class Models:
@@ -66,8 +57,7 @@ class Models:
     def _open(self, name):
         try:
             init_from, out_dir = ('resume', name) if name in self.folders else (name, '')
-            model, tok, state = load_model.open_model(init_from, out_dir, self.rt.dtype)
-            usable(name, model, tok, state)
+            model, tok, state = load_model(init_from, out_dir, self.rt.dtype)
             kept = {key: value for key, value in state.items() if key not in ('model', 'optimizer', 'rng')}
             with self.lock:
                 self.versions += 1
@@ -92,7 +82,7 @@ class Models:
         changed = name in self.folders and signature(Path(name) / 'ckpt.pt') not in (None, self.signatures[name])
         best = state.get('best_val_loss')
         return found | {
-            'ready': True, 'changed': changed, 'version': opened.version, 'params': opened.model.num_params(),
+            'ready': True, 'changed': changed, 'version': opened.version, 'params': opened.model.get_num_params(),
             'tokenizer': tok.kind, 'vocab_size': tok.vocab_size, 'block_size': config.block_size,
             'layers': config.n_layer, 'heads': config.n_head, 'iter': state.get('iter_num'),
             'val_loss': round(float(best), 4) if isinstance(best, (int, float)) and abs(best) < 1e6 else None,
@@ -128,7 +118,7 @@ def _dataset_name(state):
     name = config.get('dataset') if isinstance(config, dict) else None
     if not isinstance(name, str) or not name or name.startswith('.') or any(c in name for c in '/\\:\0'):
         return ''
-    return name if (dataset.folder(name) / 'val.bin').is_file() else ''
+    return name if (data_folder.folder(name) / 'val.bin').is_file() else ''
 
 
 def passage(opened, place, n_tokens):

@@ -27,7 +27,7 @@ def encode(opened, text, drop_unknown=False):
     tok = opened.tok
     if drop_unknown and tok.kind == 'char':
         text = ''.join(c for c in text if c in tok.chars)
-    parts = [text] if tok.eot is None else text.split(tok.mark)
+    parts = [text] if tok.eot is None else text.split(tok.separator)
     ids = tok.encode(parts[0])
     for part in parts[1:]:
         ids += [tok.eot] + tok.encode(part)
@@ -49,7 +49,7 @@ def label(opened, i):
     if i not in labels:
         raw = opened.tok.decode_bytes([i])
         try:
-            labels[i] = opened.tok.mark if i == opened.tok.eot else raw.decode('utf-8')
+            labels[i] = opened.tok.separator if i == opened.tok.eot else raw.decode('utf-8')
         except UnicodeDecodeError:
             labels[i] = f'<{raw.hex(" ").upper()}>'
     return labels[i]
@@ -86,13 +86,13 @@ def probabilities(logits, seen, *, temperature=1.0, top_k=0, top_p=1.0, repetiti
     of both sum to 1. in_k: bool, the tokens that top-k keeps. seen: (B, V) bool, the tokens to penalise, or None.
     """
     if seen is not None:
-        logits = generate.penalize(logits, seen, repetition_penalty)
+        logits = generate.apply_repetition_penalty(logits, seen, repetition_penalty)
     scaled = logits / (temperature or 1.0)
     before = scaled.softmax(-1)
     if temperature == 0:
         drawn = torch.zeros_like(before).scatter_(1, logits.argmax(-1, keepdim=True), 1.0)
         return before, drawn, drawn > 0
-    left, ids = generate.narrow(scaled, top_k, top_p)
+    left, ids = generate.filter_top_k_top_p(scaled, top_k, top_p)
     if ids is None:
         return before, before, torch.ones_like(before, dtype=torch.bool)
     drawn = torch.zeros_like(before).scatter_(1, ids, left.softmax(-1))
@@ -233,7 +233,7 @@ def _whole(pieces):
 @torch.inference_mode()
 def _surprise(model, idx, targets, fresh):
     """Return the surprise in bits of the last `fresh` of targets (1, T), as a list."""
-    logits = model(idx, targets)[0][0, -fresh:].float()  # (fresh, V)
+    logits = model(idx, targets, return_logits=True)[0][0, -fresh:].float()  # (fresh, V)
     nats = torch.nn.functional.cross_entropy(logits, targets[0, -fresh:], reduction='none')
     return (nats / math.log(2)).tolist()
 
@@ -270,7 +270,7 @@ def chat(opened, turns, max_new_tokens, seed, rules):
     prompt = ''.join(marks[role] + text + (marks['end'] if role == 'assistant' else '') for role, text in turns)
     ids = prompt_ids(opened, prompt + marks['assistant'], [])
     yield {'version': opened.version}
-    for _, text, last in generate.complete(opened.model, opened.tok, ids, 1, max_new_tokens, stop=marks['end'],
+    for _, text, last in generate.generate_text(opened.model, opened.tok, ids, 1, max_new_tokens, stop=marks['end'],
                                            live=True, seed=seed, **rules):
         if text or last:
             yield {'text': text}
