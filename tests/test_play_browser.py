@@ -1,6 +1,7 @@
 """play.py's page in a real browser: the page must show what sample.py prints and the server computes.
 
-Run with `python -m pytest -m browser tests/test_play_browser.py`; needs `pip install playwright` and Chromium (Debian: apt install chromium).
+Run with `python -m pytest -m browser tests/test_play_browser.py`; needs `pip install playwright` and Chromium
+(Debian: apt install chromium).
 Every test also fails if the page sends a request to another machine or if its script raises an error.
 """
 import re
