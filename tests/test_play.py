@@ -512,6 +512,7 @@ def test_what_is_not_understood_is_refused_in_one_line(served, kind, body, capsy
     ('look', {'text': 'ab', 'layer': 9}), ('look', {'text': 'ab', 'head': -1}), ('look', {'text': ''}),
     ('read', {'text': ''}), ('passage', {'place': 2}), ('passage', {'tokens': 10**6}), ('curves', {'cursors': 7}),
     ('chat', {'turns': []}), ('chat', {'turns': [['assistant', 'a']]}), ('chat', {'turns': [['user']]}),
+    ('chat', {'turns': [['user', 'a'], ['assistant', 'b']]}),
     ('chat', {'turns': [['user', 'a' * 60_000]]}), ('read', {'text': 'a' * 50_001}), ('nothing', {})])
 def test_values_out_of_range_are_refused(served, kind, body):
     with pytest.raises(UserError):

@@ -55,8 +55,9 @@ def turns_of(body):
     turns = body.get('turns')
     fine = (isinstance(turns, list) and 0 < len(turns) <= MOST_TURNS and all(
         isinstance(turn, list) and len(turn) == 2 and all(isinstance(part, str) for part in turn) for turn in turns))
-    if not fine or any(role != ('user', 'assistant')[i % 2] for i, (role, _) in enumerate(turns)):
-        raise BadRequest(f'turns must be a list of at most {MOST_TURNS} [role, text], alternating user and assistant')
+    if not fine or len(turns) % 2 == 0 or any(turn[0] != ('user', 'assistant')[i % 2] for i, turn in enumerate(turns)):
+        raise BadRequest(f'turns must be a list of at most {MOST_TURNS} [role, text], alternating user and assistant, '
+                         'user first and last')
     if sum(len(text) for _, text in turns) > MOST_CHARACTERS:
         raise BadRequest(f'the conversation has over {MOST_CHARACTERS:,} characters; begin a new one')
     return turns
