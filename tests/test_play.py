@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import sys
 import threading
 import time
 from types import SimpleNamespace
@@ -630,3 +631,36 @@ def test_in_a_notebook_the_page_is_shown_below_the_cell(folder):
     shown = ''.join(o.get('data', {}).get('text/html', '') for o in cell.outputs)
     assert re.search(r'<iframe[^>]*\ssrc="http://127\.0\.0\.1:\d+/"', re.sub(r'\s+', ' ', shown))
 
+
+
+def test_in_colab_the_page_goes_through_its_proxy_with_a_token(run, folder, monkeypatch):
+    write_run(folder / 'out')
+    shown = {}
+    output = SimpleNamespace(serve_kernel_port_as_iframe=lambda port, path, height: shown.update(port=port, path=path))
+    monkeypatch.setitem(sys.modules, 'google', SimpleNamespace())
+    monkeypatch.setitem(sys.modules, 'google.colab', SimpleNamespace(output=output))
+    monkeypatch.setattr('lib.training.log.in_notebook', lambda: True)
+    done = run('play.py', '--device=cpu', '--port=0')
+    assert done.status == 0, done.err
+
+    def status(path):
+        connection = http.client.HTTPConnection('127.0.0.1', shown['port'], timeout=20)
+        with contextlib.closing(connection):
+            connection.request('GET', path, headers={'Host': 'abc-colab.googleusercontent.com'})
+            return connection.getresponse().status
+    assert status(shown['path']) == 200 and status('/') == 401
+
+
+@pytest.mark.parametrize('flags, opened', [([], 1), (['--open=False'], 0)])
+def test_the_browser_is_opened_unless_told_otherwise(run, folder, monkeypatch, flags, opened):
+    write_run(folder / 'out')
+    addresses = []
+
+    def serve_forever(self):
+        wait_for(lambda: addresses, seconds=1)
+        raise KeyboardInterrupt
+    monkeypatch.setattr(server.Server, 'serve_forever', serve_forever)
+    monkeypatch.setattr('webbrowser.open', addresses.append)
+    monkeypatch.setenv('DISPLAY', ':0')
+    done = run('play.py', '--device=cpu', '--port=0', *flags)
+    assert len(addresses) == opened and all(f'open {address}\n' in done.out for address in addresses)
