@@ -342,17 +342,6 @@ class GPT(nn.Module):
         """Return model FLOPs utilisation: the fraction of `peak_flops` (FLOP/s of the device) that training uses."""
         return self.flops_per_token(context) * tokens_per_second / peak_flops
 
-    def crop_block_size(self, block_size):
-        """Shorten the context, for instance GPT-2's 1024 tokens, to `block_size`; ValueError if it would grow."""
-        if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} but the model has {self.config.block_size} positions')
-        self.config.block_size = block_size
-        if self.config.pos == 'rope':
-            self.rope = self.rope[:, :block_size]
-        else:
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-            self.transformer.wpe.num_embeddings = block_size
-
     def param_groups(self, weight_decay, muon=False):
         """Return optimizer groups in nanoGPT's order: 2-D parameters with weight decay, then the others without.
 

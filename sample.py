@@ -13,12 +13,12 @@ import sys
 
 import torch
 
-from configurator import UserError, configure, find_path
+from configurator import configure, find_path
 from lib.chat import open_conversation, print_answer, talk
 from lib.generate import generate_text
 from lib.machine import device as devices
 from lib.machine import runtime
-from lib.text import fold as folding
+from lib.text.prompt import encode_prompt, fit_to_vocabulary, read_prompt, typed
 from lib.weights.load_model import load_model
 
 # model
@@ -71,50 +71,6 @@ def check(s):
     return errors
 
 
-def typed(argument):
-    """Return the text that was typed: under an ASCII locale Python reads its bytes as lone surrogates."""
-    return argument.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
-
-
-def read_start():
-    """Return the prompt as text; UserError if its file cannot be read as UTF-8."""
-    if not start.startswith('FILE:'):
-        return typed(start)
-    try:
-        return find_path(start[5:]).read_text(encoding='utf-8-sig')  # without the byte order mark of Notepad
-    except OSError as error:
-        raise UserError(f'start={start}: {error.strerror}') from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'start={start}: not UTF-8 at byte {error.start}; save the file as UTF-8') from None
-
-
-def fit_to_vocabulary(prompt, stop_text, tok):
-    r"""Return the prompt and the stop string as a character vocabulary can hold them; changes are printed to stderr.
-
-    Escapes such as \n become the characters they stand for, and the prompt takes the width of the training text.
-    """
-    if tok.kind != 'char':  # the other tokenizers can encode any text
-        return prompt, stop_text
-    prompt, stop_text = folding.unescape(prompt, tok.chars), folding.unescape(stop_text, tok.chars)
-    note = ''
-    if fold:
-        prompt, note = folding.fold(prompt, tok.chars)
-    if note:
-        print(note, file=sys.stderr)
-    if unknown := folding.unknown_character(stop_text, tok.chars):
-        print(f'warning: stop={stop_text} can never occur: the training text has no {unknown!r}', file=sys.stderr)
-    return prompt, stop_text
-
-
-def encode_start(text, tok):
-    """Return the ids of the prompt; a written end-of-text mark becomes that token."""
-    parts = [text] if tok.eot is None else text.split(tok.separator)
-    ids = tok.encode(parts[0])
-    for part in parts[1:]:
-        ids += [tok.eot] + tok.encode(part)
-    return ids or tok.start_ids
-
-
 def show(pieces, prompt, live):
     """Print the samples in order, each followed by 15 hyphens; `live` prints the first unfinished one as it grows."""
     waiting, ended, row = [prompt] * num_samples, [False] * num_samples, 0
@@ -137,10 +93,10 @@ def main(argv=None):
     model = model.to(rt.device, rt.dtype)
     if compile:
         model = torch.compile(model)
-    prompt = read_start()
+    prompt = read_prompt(start)
     if not settings.given('start') and tok.kind == 'char' and prompt not in tok.chars:
         prompt = ''  # a text of one line has no newline to begin with
-    prompt, stop_text = fit_to_vocabulary(prompt, typed(stop), tok)
+    prompt, stop_text = fit_to_vocabulary(prompt, typed(stop), tok, fold)
     live = stream if settings.given('stream') else sys.stdout.isatty()
     rules = dict(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                  repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)
@@ -151,7 +107,7 @@ def main(argv=None):
         else:
             talk(conversation, live)
         return
-    pieces = generate_text(model, tok, encode_start(prompt, tok), num_samples, max_new_tokens, stop=stop_text,
+    pieces = generate_text(model, tok, encode_prompt(prompt, tok), num_samples, max_new_tokens, stop=stop_text,
                            live=live, **rules)
     show(pieces, prompt, live)
 

@@ -19,7 +19,7 @@ from lib.generate import sample_text
 from lib.machine import device as devices
 from lib.machine import distributed, runtime
 from lib.text import tokenizer
-from lib.text.dataset import eval_starts, split_batches, train_starts
+from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
 from lib.training import curves, log, preflight
 from lib.training.guard import Guard
 from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
@@ -133,27 +133,6 @@ def get_lr_scale(iter_num, fraction, by_clock):
     if iter_num < warmup_iters:
         return warmup
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed))
-
-
-def next_windows(fraction, tokens_seen, sequences):
-    """Return (first, offset, context): this update reads `context` tokens from `offset` on in each of its windows.
-
-    Its windows are numbers first to first + sequences. context_warmup: early on a model learns local patterns, so
-    short contexts are enough and give more updates per token (Li et al. 2021, arXiv:2108.06084). A window that was
-    begun is read to its end, so an epoch still reads all of the text once.
-    """
-    if fraction < context_warmup / 2:
-        context = block_size // 4
-    elif fraction < context_warmup:
-        context = block_size // 2
-    else:
-        context = block_size
-    shortest = block_size // 4 if context_warmup else block_size
-    position = tokens_seen // sequences % block_size  # in the present windows
-    offset = position // shortest * shortest
-    while offset % context:
-        context //= 2
-    return (tokens_seen - offset * sequences) // block_size, offset, context
 
 
 @torch.no_grad()
@@ -365,7 +344,7 @@ def main():
             lr_scale = get_lr_scale(p.iter_num, fraction, by_clock)
             for group in opt.param_groups:
                 group['lr'] = group['initial_lr'] * lr_scale
-            first, offset, context = next_windows(fraction, p.tokens_seen, sequences)
+            first, offset, context = next_windows(p.tokens_seen, sequences, block_size, fraction, context_warmup)
             starts = offset + train_starts(seed, len(data.train), block_size, first, sequences, data.train.dialogues)
             weights = data.train.weights(starts, micro_steps)  # all 1 unless the data has a mask
             total_loss = 0.0

@@ -207,6 +207,28 @@ def train_starts(seed, n_tokens, block_size, first, count, dialogues=None):
     return (_permute(index, n_windows, key) * np.uint64(block_size) + offset).astype(np.int64)
 
 
+def next_windows(tokens_seen, sequences, block_size, fraction=0.0, context_warmup=0.0):
+    """Return (first, offset, context): the next update reads `context` tokens from `offset` on in each of its windows.
+
+    Its windows are numbers first to first + sequences. fraction: how much of the run is over. context_warmup: the
+    fraction of the run with short contexts. Early on a model learns local patterns, so short contexts are enough and
+    give more updates per token (Li et al. 2021, arXiv:2108.06084). A window that was begun is read to its end, so an
+    epoch still reads all of the text once.
+    """
+    if fraction < context_warmup / 2:
+        context = block_size // 4
+    elif fraction < context_warmup:
+        context = block_size // 2
+    else:
+        context = block_size
+    shortest = block_size // 4 if context_warmup else block_size
+    position = tokens_seen // sequences % block_size  # in the present windows
+    offset = position // shortest * shortest
+    while offset % context:
+        context //= 2
+    return (tokens_seen - offset * sequences) // block_size, offset, context
+
+
 def eval_starts(n_tokens, block_size, n_batches, batch_size, dialogues=None):
     """Return starts (n_batches, batch_size) spread evenly over a split, the same at every evaluation."""
     if dialogues is not None:

@@ -7,6 +7,7 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 import torch
+import torch.nn as nn
 
 from configurator import UserError, find_path
 from model import GPT, GPTConfig
@@ -150,7 +151,7 @@ class Source:
         if missing:
             raise self.error(f'{path} lacks {len(missing)} tensors of the model, e.g. {next(iter(missing))}')
         if block_size:
-            model.crop_block_size(block_size)
+            crop_block_size(model, block_size)
         return model.eval()
 
     def _tensors(self, path):
@@ -175,6 +176,18 @@ def uninitialized(config, dtype=torch.float32):
         return GPT(config, init=False)
     finally:
         torch.set_default_dtype(default)
+
+
+def crop_block_size(model, block_size):
+    """Shorten the context of a GPT, for instance GPT-2's 1024 tokens, in place; ValueError if it would grow."""
+    if block_size > model.config.block_size:
+        raise ValueError(f'block_size={block_size} but the model has {model.config.block_size} positions')
+    model.config.block_size = block_size
+    if model.config.pos == 'rope':
+        model.rope = model.rope[:, :block_size]
+    else:
+        model.transformer.wpe.weight = nn.Parameter(model.transformer.wpe.weight[:block_size].clone())
+        model.transformer.wpe.num_embeddings = block_size
 
 
 def find(init_from):

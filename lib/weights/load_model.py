@@ -35,7 +35,7 @@ class Run:
         """Return the GPT in eval mode on the CPU; block_size: the context to crop it to, 0 = all."""
         model = model_from_checkpoint(self.state, self.path, dtype, dropout=dropout)
         if block_size:
-            model.crop_block_size(block_size)
+            gpt2.crop_block_size(model, block_size)
         return model
 
 
