@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -252,23 +253,27 @@ def test_attention_is_shown_for_as_many_tokens_as_the_model_reads(play, folder):
     assert len(answer['tokens']) == 8 and answer['left_out'] == 16
 
 
-def test_the_conversation_has_the_checkpoints_marks_and_ends_at_its_end_mark(play, folder):
-    model = write_run(folder / 'out', chat=MARKS, block_size=64)
-    played = play('out')
-    turns = [['user', 'c'], ['assistant', 'd'], ['user', 'e']]
-    lines = played.ask('chat', turns=turns, seed=5, max_new_tokens=20)
-    text = ''.join(line.get('text', '') for line in lines)
-    tok = models.Models(['out'], '', CPU).get('out').tok
-    ids = tok.encode('a\ncb\nd\n\na\neb\n')
-    expected = generate.generate_text(model, tok, ids, 1, 20, stop='\n\n', seed=5, temperature=0.8)
-    assert text == ''.join(piece for _, piece, _ in expected)
+def test_the_conversation_is_that_of_sample_pys_chat(play, folder):
+    write_run(folder / 'out', chat=MARKS, block_size=64)
+    played, turns = play('out'), []
+    asked = ['c', 'e人', 'h', 'gg']
+    done = subprocess.run([sys.executable, str(REPO / 'sample.py'), '--chat', '--device=cpu', '--dtype=float32',
+                           '--max_new_tokens=12', '--seed=5'], input='\n'.join(asked), capture_output=True, text=True,
+                          encoding='utf-8')
+    answers = []
+    for question in asked:
+        turns.append(['user', question])
+        lines = played.ask('chat', turns=turns, seed=5, max_new_tokens=12, temperature=0.8, top_k=200)
+        answers.append(''.join(line.get('text', '') for line in lines))
+        turns.append(['assistant', answers[-1]])
+    assert done.returncode == 0 and ''.join(answer + '\n' for answer in answers) == done.stdout.removesuffix('\n')
 
 
 def test_a_model_without_dialogue_marks_has_no_conversation(play, folder):
     write_run(folder / 'out')
     played = play('out')
     assert not played.ask('next', prompt='a')[0].get('chat') and not played.models.describe()[0]['chat']
-    with pytest.raises(UserError, match='not trained on dialogues'):
+    with pytest.raises(UserError, match='trained on questions and answers'):
         played.ask('chat', turns=[['user', 'c']])
 
 
