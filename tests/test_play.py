@@ -433,6 +433,26 @@ def test_a_long_log_comes_in_parts_of_bounded_size(folder, monkeypatch):
     assert [r['iter'] for r in records] == list(range(20))
 
 
+def test_the_cursor_of_a_log_survives_javascript(folder, monkeypatch):
+    path, real = folder / 'log.jsonl', os.fstat
+    path.write_text('{"iter": 1, "loss": 3}\n', encoding='utf-8')
+    monkeypatch.setattr(curves.os, 'fstat', lambda fd: SimpleNamespace(  # an inode as Windows and ZFS have them
+        st_ino=2**60 + 1, st_size=real(fd).st_size, st_mtime=real(fd).st_mtime))
+    cursor = json.loads(json.dumps(curves.appended(path, None)['cursor']), parse_int=lambda text: int(float(text)))
+    assert not curves.appended(path, cursor)['anew']
+
+
+def test_gpt2_weights_in_a_folder_are_a_model_as_well(run, play, folder):
+    write_run(folder / 'out', {'kind': 'byte'}, mlp='gelu_tanh')
+    done = run('export.py', '--out_dir=out', '--to=weights')
+    assert done.status == 0, done.err
+    first, second = (models.Models(names, pretrained, CPU).get(name) for names, pretrained, name in (
+        (['out'], '', 'out'), ([], 'weights', 'weights')))
+    rules = {'temperature': 1.0}
+    bars = [[bar['text'] for bar in views.likely(opened, 'abc', [], rules)['bars']] for opened in (first, second)]
+    assert bars[0] == bars[1]
+
+
 # whom it refuses, and what it never reads
 
 @pytest.fixture
