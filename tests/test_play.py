@@ -33,7 +33,7 @@ MARKS = {'user': 'a\n', 'assistant': 'b\n', 'end': '\n\n'}
 
 def write_run(folder, spec=None, seed=0, n_layer=2, block_size=8, **more):
     """Write a random model's ckpt.pt into `folder`; return it. more: the model's options, or the checkpoint's keys."""
-    keys = {name: more.pop(name) for name in ('chat', 'config', 'iter_num') if name in more}
+    keys = {name: more.pop(name) for name in ('chat', 'config', 'iter_num', 'best_val_loss') if name in more}
     spec = spec or {'kind': 'char', 'chars': CHARS}
     V = {'byte': 256}.get(spec['kind']) or len(spec['chars'])
     torch.manual_seed(seed)
@@ -380,6 +380,15 @@ def test_a_new_checkpoint_is_read_at_the_next_request(play, folder):
     after, = played.ask('next', prompt='a')
     assert before['bars'] != after['bars'] and after['version'] > before['version']
     assert played.models.describe()[0]['iter'] == 200 and not played.models.describe()[0]['changed']
+
+
+@pytest.mark.parametrize('loss, shown', [(torch.tensor(1.5), 1.5), (1e9, None), ('<b>', None), (None, None)])
+def test_facts_of_a_checkpoint_are_numbers_or_left_out(play, folder, loss, shown):
+    write_run(folder / 'out', best_val_loss=loss, iter_num=[1])
+    played = play('out')
+    played.ask('next', prompt='a')
+    found = played.ask('models')[0]['models'][0]
+    assert found['val_loss'] == shown and found['iter'] is None
 
 
 def test_a_damaged_checkpoint_leaves_the_model_before_it_in_place(play, folder):
