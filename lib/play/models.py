@@ -80,12 +80,11 @@ class Models:
             return found | {'ready': False}
         config, state, tok = opened.model.config, opened.state, opened.tok
         changed = name in self.folders and signature(Path(name) / 'ckpt.pt') not in (None, self.signatures[name])
-        best = state.get('best_val_loss')
         return found | {
             'ready': True, 'changed': changed, 'version': opened.version, 'params': opened.model.get_num_params(),
             'tokenizer': tok.kind, 'vocab_size': tok.vocab_size, 'block_size': config.block_size,
-            'layers': config.n_layer, 'heads': config.n_head, 'iter': state.get('iter_num'),
-            'val_loss': round(float(best), 4) if isinstance(best, (int, float)) and abs(best) < 1e6 else None,
+            'layers': config.n_layer, 'heads': config.n_head,
+            'iter': _number(state, 'iter_num', 1e15), 'val_loss': _number(state, 'best_val_loss', 1e6),
             'chat': chat_marks(opened) is not None, 'passages': _dataset_name(state) != ''}
 
     def wanted(self):
@@ -103,6 +102,15 @@ class Models:
                 if inside and path.is_file() and len(found) < MOST_RUNS:
                     found[path.parent.as_posix()] = path
         return found
+
+
+def _number(state, key, limit):
+    """Return a number of a checkpoint, which may hold it as a tensor; None if it is missing or at least `limit`."""
+    try:
+        value = float(state[key])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return None
+    return value if abs(value) < limit else None
 
 
 def chat_marks(opened):
