@@ -27,6 +27,7 @@ from lib.training.log import read_log
 from lib.weights import checkpoint
 from model import GPTConfig
 
+TRAIN = REPO / 'train.py'
 NO_RESULT = {'out_dir', 'init_from', 'log_interval', 'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard_log'}
 PAUSE_AT = 1 / 3  # of a run, where halving compares
 MEASURED = ('n_params', 'tokens', 'seconds', 'val_loss', 'val_bpb', 'error')  # the last columns of results.tsv
@@ -92,7 +93,7 @@ def split_grid(argv, names):
 def code_version():
     """Return a hash of the files that decide how a training goes."""
     digest = hashlib.sha256()
-    for path in [REPO / 'train.py', REPO / 'model.py', REPO / 'kernels.py', REPO / 'configurator.py',
+    for path in [TRAIN, REPO / 'model.py', REPO / 'kernels.py', REPO / 'configurator.py',
                  *sorted((REPO / 'lib').rglob('*.py'))]:
         digest.update(path.name.encode() + path.read_bytes())
     return digest.hexdigest()
@@ -159,7 +160,7 @@ def start(run, cpus):
     env = dict(os.environ)
     if cpus:
         env['OMP_NUM_THREADS'] = str(min(len(cpus), int(env.get('OMP_NUM_THREADS') or len(cpus))))
-    command = [sys.executable, str(REPO / 'train.py'), *run.argv, f'--out_dir={run.folder}', f'--init_from={init}']
+    command = [sys.executable, str(TRAIN), *run.argv, f'--out_dir={run.folder}', f'--init_from={init}']
     with (open(run.folder / 'stdout.txt', 'ab') as out, open(run.folder / 'stderr.txt', 'wb') as err):
         run.process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=err, env=env,
                                        preexec_fn=_die_with_parent if sys.platform == 'linux' else None)

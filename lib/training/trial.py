@@ -1,5 +1,6 @@
 """Time the updates of a training run on this machine, on random tokens, before the run."""
 import statistics
+import sys
 import time
 from dataclasses import dataclass
 
@@ -9,6 +10,11 @@ from lib.machine import runtime
 from lib.training.optim import make_optimizer
 from lib.weights import lora
 from model import GPT
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 
 @dataclass
@@ -88,3 +94,27 @@ def time_run(job, rt, seconds=20.0):
         updates[context] = micro * job.batch_size / sequences * job.micro_steps / job.gpus + step
     one_batch = clock.median(evaluate, sequences, full, seconds=limit / 4) * job.batch_size / sequences
     return Timing(updates, one_batch * 2 * job.eval_iters, sequences)
+
+
+def probe(step, rt, model, opt):
+    """Run a training micro-step twice before the run and undo it; return (seconds, bytes of memory at the peak).
+
+    step(): one forward and backward pass. The second call is timed, or the first if it takes over two seconds. The
+    memory includes the state that the optimizer `opt` is going to create. Weights, gradients and random numbers are
+    as before. Every rank calls it.
+    """
+    states, clock = rt.rng_states(), _Clock(rt)
+    seconds = clock.once(step)
+    if seconds < 2:
+        seconds = clock.once(step)
+    model.zero_grad(set_to_none=True)
+    rt.set_rng_state(states)
+    if rt.device.type == 'cuda':
+        peak = torch.cuda.max_memory_reserved(rt.device)
+    elif rt.device.type == 'cpu' and resource:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    else:
+        return seconds, 0
+    state = sum((4 if group['use_muon'] else 8) * p.numel() for group in opt.param_groups for p in group['params']
+                if not opt.state[p])
+    return seconds, peak + state
