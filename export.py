@@ -95,7 +95,7 @@ def write_json(path, value):
         json.dump(value, file, indent=2)
 
 
-def write_tokenizer(tok, folder, marks):
+def write_tokenizer(tok, folder, marks=None):
     """Write tokenizer.json and the other files that transformers reads into the folder.
 
     marks: those of dialogues, for a chat template; None if there are none.

@@ -168,7 +168,7 @@ def final_losses(compiled_model, raw_model, rt, data):
         n_batches = min(len(split), max_targets or len(split)) // (block_size * batch_size * rt.world_size)
         batches = log.progress(batches, n_batches, 'last evaluation', show=rt.is_master)
         losses.append(estimate_loss(compiled_model, raw_model, rt, batches))
-    return losses, data.val.bits_per_byte(losses[1], whole=True)
+    return losses, data.val.bits_per_byte(losses[1], data.val.n_targets)
 
 
 def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
