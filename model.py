@@ -91,8 +91,8 @@ def precompute_rope(block_size, hs):
 
 
 def apply_rotary_emb(x, rope):
-    """Rotate the pairs (i, i + hs / 2) of each head of x (B, T, nh, hs) by the angles in rope (2, T, hs)."""
-    cos, sin = rope.to(x.dtype).unsqueeze(2)  # (T, 1, hs) each
+    """Rotate the pairs (i, i + hs / 2) of each head of x (B, T, 2, nh, hs) by the angles in rope (2, T, hs)."""
+    cos, sin = rope.to(x.dtype)[:, :, None, None]  # (T, 1, 1, hs) each
     return kernels.rotate(x, cos, sin)  # x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
@@ -154,13 +154,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
-        qk, v = qkv.split([2 * self.n_head, self.n_head], dim=2)  # (B, T, 2 nh, hs) and (B, T, nh, hs)
+        qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split([2, 1], dim=2)  # (B, T, 2, nh, hs)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if rope is not None:
             qk = apply_rotary_emb(qk, rope)
-        q, k = qk.chunk(2, dim=2)
+        (q, k), v = qk.unbind(2), v.squeeze(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nh, S, hs)
