@@ -366,13 +366,3 @@ class GPT(nn.Module):
             dict(params=[p for name, p in named if p.dim() >= 2 and not is_matrix[name]], weight_decay=weight_decay),
             dict(params=[p for _, p in named if p.dim() < 2], weight_decay=0.0)]
         return [{'use_muon': False, **group} for group in groups if group['params']]
-
-    @classmethod
-    def uninitialized(cls, config, dtype=torch.float32):
-        """Return a GPT whose weights, of `dtype`, are undefined; the caller fills them all."""
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return cls(config, init=False)
-        finally:
-            torch.set_default_dtype(default)
