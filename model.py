@@ -121,6 +121,7 @@ class KVCache:
 class Linear(nn.Linear):
     """nn.Linear whose product is computed in `compute_dtype`, in whatever dtype its weights are stored."""
     compute_dtype = None  # None: the dtype of the weights
+    cast = None  # the weight in compute_dtype, if GPT.forward has cast those of all layers together
 
     def reset_parameters(self):
         pass  # GPT._init_weights does it
@@ -130,7 +131,9 @@ class Linear(nn.Linear):
         if x.dtype == self.weight.dtype == dtype:  # skip no-op casts: they are 5% of a small model's time per token
             return kernels.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return kernels.linear(x.to(dtype), self.weight.to(dtype), bias)
+        weight = self.weight.to(dtype) if self.cast is None else self.cast
+        self.cast = None
+        return kernels.linear(x.to(dtype), weight, bias)
 
 
 class Embedding(nn.Embedding):
@@ -223,6 +226,7 @@ class GPT(nn.Module):
         if errors := config.validate():
             raise ValueError('; '.join(errors))
         self.config = config
+        self.linears = []  # of the blocks, once set_compute_dtype has been called
         self.checkpoint_activations = False  # recompute each block in the backward pass instead of storing it
         self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
@@ -268,6 +272,7 @@ class GPT(nn.Module):
         T, start = idx.size(1), cache.pos if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens are more than block_size={self.config.block_size}')
+        kernels.cast_weights(self.linears, self.dtype)  # layer.cast = layer.weight.to(self.dtype)
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.smear is not None:
             x = self._smear(x, cache)
@@ -314,6 +319,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.compute_dtype = dtype
+        self.linears = [module for module in self.transformer.h.modules() if isinstance(module, Linear)]
 
     @property
     def dtype(self):

@@ -171,3 +171,16 @@ def test_disabled_kernels_are_torchs_own(monkeypatch):
     x = random(3, 8).requires_grad_()
     assert torch.equal(kernels.rms_norm(x), F.rms_norm(x, (8,), eps=torch.finfo(torch.float32).eps))
     assert torch.equal(kernels.relu_squared(x), F.relu(x).square())
+
+
+def test_the_weights_of_all_layers_are_cast_into_one_tensor_and_used_once():
+    net = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
+    net.set_compute_dtype(torch.bfloat16)
+    kernels.cast_weights(net.linears, torch.bfloat16)
+    for layer in net.linears:
+        assert torch.equal(layer.cast, layer.weight.bfloat16())
+        layer.cast.sum().backward(retain_graph=True)
+        assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+    assert len({layer.cast.untyped_storage().data_ptr() for layer in net.linears}) == 1
+    net(torch.zeros(1, 4, dtype=torch.long))
+    assert len(net.linears) == 8 and all(layer.cast is None for layer in net.linears)  # else they would get stale
