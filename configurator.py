@@ -7,11 +7,12 @@ executed: read a stranger's config before you run it.
 """
 import difflib
 import inspect
-import os
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from lib.machine import console
 
 REPO = Path(__file__).resolve().parent
 BOOLS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
@@ -258,14 +259,11 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     are reported at once. They end the program with exit status 2, --help with 0.
     """
     argv = sys.argv[1:] if argv is None else argv
+    console.protect()
     defaults = literals(namespace)
     if '--help' in argv or '-h' in argv:
         print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults, namespace.get('__doc__')))
         raise SystemExit(0)
-    for stream in (sys.stdout, sys.stderr):
-        asked, _, handler = os.environ.get('PYTHONIOENCODING', '').partition(':')
-        if hasattr(stream, 'reconfigure'):  # LC_ALL=C could not print Chinese text
-            stream.reconfigure(encoding=None if asked else 'utf-8', errors=handler or 'replace')
     sys.excepthook = _print_exception
     settings = resolve(defaults, argv, early, words)
     errors = settings.errors + (check(settings) if check and settings.understood else [])

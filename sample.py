@@ -8,7 +8,6 @@
 Python config files and --key=value flags override the settings below; flags win. The rules for choosing a token are
 in lib/generate.py.
 """
-import os
 import sys
 
 import torch
@@ -16,8 +15,8 @@ import torch
 from configurator import configure, find_path
 from lib.chat import open_conversation, print_answer, talk
 from lib.generate import generate_text
+from lib.machine import console, runtime
 from lib.machine import device as devices
-from lib.machine import runtime
 from lib.text.prompt import encode_prompt, fit_to_vocabulary, read_prompt, typed
 from lib.weights.load_model import load_model
 
@@ -82,8 +81,10 @@ def show(pieces, prompt, live):
             waiting[row] = ''
             if not ended[row]:
                 break
-            print('\n' + '-' * 15)
+            print('\n' + '-' * 15, flush=True)
             row += 1
+        if console.stdout_lost():  # the reader, such as `head`, has ended
+            return
 
 
 def main(argv=None):
@@ -113,8 +114,4 @@ def main(argv=None):
 
 
 if __name__ == '__main__':
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main()

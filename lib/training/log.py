@@ -7,18 +7,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.machine import files
+from lib.machine import console, files
 
 
 def say(line):
-    """Print a line to stdout, above the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a line to stdout, above the progress bar; to stderr if stdout is lost."""
+    file = sys.stderr if console.stdout_lost() else sys.stdout
+    tqdm.write(console.printable(line), file=file)
+    file.flush()
 
 
 def warn(line):
     """Print a warning to stderr, above the progress bar."""
-    tqdm.write(f'warning: {line}', file=sys.stderr)
+    tqdm.write(f'warning: {console.printable(line)}', file=sys.stderr)
     sys.stderr.flush()
 
 
