@@ -49,7 +49,7 @@ def write_data(folder):
 
 
 def run(cwd, ranks, *args):
-    env = {**os.environ, 'OMP_NUM_THREADS': '1' if ranks > 1 else '2', 'CUDA_VISIBLE_DEVICES': ''}
+    env = {**os.environ, 'OMP_NUM_THREADS': '1' if ranks > 1 else '2', 'OMP_WAIT_POLICY': 'PASSIVE'}
     start = [sys.executable]
     if ranks > 1:
         start += ['-m', 'torch.distributed.run', '--standalone', f'--nproc_per_node={ranks}']
