@@ -1,40 +1,40 @@
-"""Hand a model on: write a checkpoint as a folder that Hugging Face's transformers, and what builds on it, can load.
+"""Export a checkpoint as a folder that Hugging Face's transformers, and programs built on it, can load.
 
     python export.py --out_dir=out-shakespeare                       writes out-shakespeare/hf
     python export.py --out_dir=out-shakespeare --to=my-gpt2          writes my-gpt2
-    python sample.py --init_from=my-gpt2                             reads such a folder, as do train.py and evaluate.py
+    python sample.py --init_from=my-gpt2                             train.py and evaluate.py read it, too
 
-The folder holds config.json, model.safetensors and the tokenizer. Only GPT-2's architecture can be written: the
-options pos, norm, qk_norm, tie_weights, softcap, smear and most of mlp have no place in transformers' GPT-2 class.
+The folder holds config.json, model.safetensors and the tokenizer. Only GPT-2's architecture can be exported: the
+options pos, norm, qk_norm, tie_weights, softcap, smear and most of mlp do not exist in transformers' GPT-2 class.
+config/gpt2_classic.py after another config trains a model that can be exported.
 """
 import json
 import math
-import os
-import shutil
 import sys
 from pathlib import Path
 
 import torch
 
 from configurator import UserError, configure
+from lib.machine.files import atomic_write
+from lib.text import dialogue
 from lib.weights.load_model import load_model
 
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
-to = ''  # folder to write; '' is OUT_DIR/hf
+to = ''  # folder to write; '' = OUT_DIR/hf
 
-# GPTConfig's options, and the values that transformers' GPT-2 class can express
 EXPRESSIBLE = {'pos': ('learned',), 'norm': ('layernorm',), 'mlp': ('gelu', 'gelu_tanh'), 'qk_norm': (False,),
-               'tie_weights': (True,), 'softcap': (0.0,), 'smear': (False,)}
+               'tie_weights': (True,), 'softcap': (0.0,), 'smear': (False,)}  # what transformers' GPT-2 class has
 
 
 def hf_config(config, tok):
-    """Return config.json's content for a GPTConfig; UserError names what GPT-2's class in transformers lacks."""
+    """Return the content of config.json for a GPTConfig; UserError names the options that transformers' GPT-2 lacks."""
     lacking = [f'{name}={getattr(config, name)}' for name, values in EXPRESSIBLE.items()
                if getattr(config, name) not in values]
     if lacking:
-        raise UserError(f"{', '.join(lacking)}: transformers' GPT-2 class cannot express this model; only the default "
-                        'architecture can be exported')
+        raise UserError(f"{', '.join(lacking)}: transformers' GPT-2 class does not have this, so the model cannot be "
+                        'exported; train one with config/gpt2_classic.py after your config, which can')
     return {
         'model_type': 'gpt2', 'architectures': ['GPT2LMHeadModel'], 'vocab_size': config.vocab_size,
         'n_positions': config.block_size, 'n_embd': config.n_embd, 'n_layer': config.n_layer, 'n_head': config.n_head,
@@ -45,19 +45,19 @@ def hf_config(config, tok):
 
 
 def hf_tensors(model):
-    """Return the weights under transformers' names: Conv1D's are (in, out), and a bias that was left out is zero."""
+    """Return the weights under transformers' names: matrices are transposed to (in, out), missing biases are zero."""
     tensors = {}
     for name, p in model.named_parameters():
         p = p.detach().float()
-        inner = name.startswith('transformer.h.') and p.dim() == 2
-        tensors[name] = (p.t() if inner else p).contiguous()
-        if not model.config.bias and (inner or '.ln_' in name):
+        in_block = name.startswith('transformer.h.') and p.dim() == 2
+        tensors[name] = (p.t() if in_block else p).contiguous()
+        if not model.config.bias and (in_block or '.ln_' in name):
             tensors[name.removesuffix('weight') + 'bias'] = torch.zeros(len(p))
     return tensors
 
 
 def halves(token, ranks):
-    """Return the two tokens that byte pair encoding joined into `token`, bytes; ranks: {token: its rank}."""
+    """Return the two tokens that byte pair encoding merged into `token` (bytes); ranks: {token: its rank}."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         i = min(range(len(parts) - 1), key=lambda i: ranks.get(parts[i] + parts[i + 1], math.inf))
@@ -72,8 +72,9 @@ def hf_tokenizer(tok):
         made = Tokenizer(models.BPE({char: i for i, char in enumerate(tok.chars)}, []))
         made.decoder = decoders.Fuse()
         return made
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())  # the library's stand-ins for bytes: Latin-1 letters are
-    hidden = sorted(set(range(256)) - set(map(ord, letters)))  # themselves, the rest follow from U+0100 on in order
+    # the library writes each byte as a letter: printable Latin-1 as itself, the others from U+0100 on, in order
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    hidden = sorted(set(range(256)) - set(map(ord, letters)))
     letter_of = {ord(c) if ord(c) < 256 else hidden[ord(c) - 256]: c for c in letters}
     ids = {tok.decode_bytes([i]): i for i in range(tok.vocab_size) if i != tok.eot}
     written = {token: ''.join(letter_of[byte] for byte in token) for token in ids}
@@ -89,13 +90,24 @@ def hf_tokenizer(tok):
     return made
 
 
-def write_tokenizer(tok, folder):
-    """Write tokenizer.json and what transformers wants beside it, and the spec that this program reads."""
+def write_json(path, value):
+    with atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as file:
+        json.dump(value, file, indent=2)
+
+
+def write_tokenizer(tok, folder, marks):
+    """Write tokenizer.json and the other files that transformers reads into the folder.
+
+    marks: those of dialogues, for a chat template; None if there are none.
+    """
     special = {} if tok.eot is None else {f'{name}_token': tok.separator for name in ('bos', 'eos', 'unk')}
+    if marks:
+        special['chat_template'] = dialogue.chat_template(marks)
     made = hf_tokenizer(tok)
-    made.save(str(folder / 'tokenizer.json'))
+    with atomic_write(folder / 'tokenizer.json') as temporary:
+        made.save(str(temporary))
     kind = 'PreTrainedTokenizerFast' if tok.kind == 'char' else 'GPT2TokenizerFast'
-    (folder / 'tokenizer_config.json').write_text(json.dumps({'tokenizer_class': kind, **special}), encoding='utf-8')
+    write_json(folder / 'tokenizer_config.json', {'tokenizer_class': kind, **special})
     if tok.eot is not None:
         made.model.save(str(folder))  # vocab.json and merges.txt, which older programs read
 
@@ -104,24 +116,25 @@ def main(argv=None):
     configure(globals(), argv)
     from safetensors.torch import save_file
     folder = Path(to or Path(out_dir) / 'hf')
-    model, tok, _ = load_model(init_from, out_dir)
+    model, tok, state = load_model(init_from, out_dir)
+    marks = state.get('chat')
     config = hf_config(model.config, tok)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'config.json').unlink(missing_ok=True)  # written last: a folder without it is not whole
-        save_file(hf_tensors(model), folder / 'model.safetensors.tmp', metadata={'format': 'pt'})
-        (folder / 'tokenizer_spec.json').write_text(json.dumps(tok.spec), encoding='utf-8')
-        shutil.copymode(folder / 'tokenizer_spec.json', folder / 'model.safetensors.tmp')  # it was its writer's alone
-        os.replace(folder / 'model.safetensors.tmp', folder / 'model.safetensors')
+        (folder / 'config.json').unlink(missing_ok=True)  # written last: a folder without it is not complete
+        with atomic_write(folder / 'model.safetensors') as temporary:
+            save_file(hf_tensors(model), temporary, metadata={'format': 'pt'})
+        write_json(folder / 'tokenizer_spec.json', tok.spec)  # what this program reads
+        write_json(folder / 'chat.json', marks)  # likewise; null for a model of text
         try:
-            write_tokenizer(tok, folder)
-        except (UserError, ImportError) as error:  # the model is of use without them
+            write_tokenizer(tok, folder, marks)
+        except (UserError, ImportError) as error:  # the model can be used without them
             print(f'no tokenizer files: {getattr(error, "message", error)}', file=sys.stderr)
-        (folder / 'config.json').write_text(json.dumps(config, indent=2) + '\n', encoding='utf-8')
+        write_json(folder / 'config.json', config)
     except OSError as error:
         raise UserError(f'cannot write {folder} ({error.strerror}); name another folder with --to') from error
     print(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
-    print(f'{", ".join(sorted(p.name for p in folder.iterdir()))} are in {folder}')
+    print(f'wrote {", ".join(sorted(p.name for p in folder.iterdir()))} to {folder}')
 
 
 if __name__ == '__main__':

@@ -3,6 +3,7 @@
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"    a model that you trained
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt        OpenAI's GPT-2, with a prompt from a file
     python sample.py --temperature=0 --num_samples=1                    the most likely continuation
+    python sample.py --out_dir=out-dialogue --chat                      a conversation, with a model of dialogues
 
 Python config files and --key=value flags override the settings below; flags win. The rules for choosing a token are
 in lib/generate.py.
@@ -13,6 +14,7 @@ import sys
 import torch
 
 from configurator import UserError, configure, find_path
+from lib.chat import open_conversation, print_answer, talk
 from lib.generate import generate_text
 from lib.machine import device as devices
 from lib.machine import runtime
@@ -29,6 +31,7 @@ fold = True  # convert the prompt to the character width of the training text: '
 num_samples = 10  # samples, generated together
 max_new_tokens = 500  # tokens per sample, at most
 stop = ''  # text that ends a sample and is not printed; '' = none. End-of-text always ends one
+chat = False  # a conversation in the terminal; with --start one answer and nothing else
 stream = False  # print text as it comes; on a terminal unless given
 
 # choosing a token
@@ -130,7 +133,7 @@ def show(pieces, prompt, live):
 def main(argv=None):
     settings = configure(globals(), argv, early={'device': devices.pick_device}, check=check)
     rt = runtime.start(settings)
-    model, tok, _ = load_model(init_from, out_dir, rt.dtype)
+    model, tok, state = load_model(init_from, out_dir, rt.dtype)
     model = model.to(rt.device, rt.dtype)
     if compile:
         model = torch.compile(model)
@@ -139,9 +142,17 @@ def main(argv=None):
         prompt = ''  # a text of one line has no newline to begin with
     prompt, stop_text = fit_to_vocabulary(prompt, typed(stop), tok)
     live = stream if settings.given('stream') else sys.stdout.isatty()
+    rules = dict(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                 repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)
+    if chat:
+        conversation = open_conversation(model, tok, state, max_new_tokens=max_new_tokens, **rules)
+        if settings.given('start'):
+            print_answer(conversation, prompt, live)
+        else:
+            talk(conversation, live)
+        return
     pieces = generate_text(model, tok, encode_start(prompt, tok), num_samples, max_new_tokens, stop=stop_text,
-                           live=live, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
-                           repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)
+                           live=live, **rules)
     show(pieces, prompt, live)
 
 

@@ -188,3 +188,24 @@ def generate_text(model, tok, prompt, num_samples, max_new_tokens, *, stop='', l
                 raise UserError(f'the model computes NaN or infinity in {model.dtype} on '
                                 f'{model.lm_head.weight.device}; try --dtype=float32 or --device=cpu')
             yield i, decoder.feed(ids, last=left == 0), decoder.done
+
+
+def sample_text(model, tok, data, number, seed, warn):
+    """Return 200 generated tokens as text for the log of a training run; '' after a warning if the model cannot.
+
+    If the data is dialogues: validation dialogue `number` up to its first answer, and the model's answer. Uses its own
+    random numbers, so training is unaffected. The model is in training mode before and after.
+    """
+    prompt, shown, stop = tok.start_ids, '', ''
+    if data.marks:
+        prompt, stop = data.val.prompt(number), data.marks['end']
+        shown = tok.decode(prompt)
+    model.eval()
+    try:
+        pieces = generate_text(model, tok, prompt, 1, 200, stop=stop, seed=seed, temperature=0.8, top_k=200)
+        return shown + ''.join(text for _, text, _ in pieces)
+    except UserError as error:
+        warn(f'no sample: {error.message}')
+        return ''
+    finally:
+        model.train()

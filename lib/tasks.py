@@ -1,8 +1,8 @@
-"""Public tests of language models by multiple choice or completion: their files, what is scored, and by which rule.
+"""Public benchmarks of language models: their files, the requests they make of a model, and how results are scored.
 
 HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings follows a context. LAMBADA (Paperno et al.
-2016, arXiv:1606.06031): the last word of a text that needs all of it. A row is (context ids, continuation ids), a score
-(the continuation's summed loss in nats, its number of tokens, whether each of its tokens was the likeliest).
+2016, arXiv:1606.06031): the last word of a text that needs all of it. A request is (context ids, continuation ids). Its
+result is (the continuation's summed loss in nats, its number of tokens, whether greedy decoding would give it).
 """
 import json
 import math
@@ -15,11 +15,11 @@ URL = {'hellaswag': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/d
        'lambada': 'https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl'}
 KEYS = {'hellaswag': ('ctx', 'endings', 'label'), 'lambada': ('text',)}
 RULE = {'hellaswag': 'context and ending as released; acc_norm: lowest mean loss per token, acc: lowest summed loss',
-        'lambada': 'detokenised; acc: each token of the last word is the likeliest, perplexity: of the whole word'}
+        'lambada': 'detokenised; acc: greedy decoding gives the last word, perplexity: of the whole word'}
 
 
 def read(task, path, limit=0):
-    """Return the items of a task, the first `limit` or all: from JSON lines at `path`, or downloaded where it is None.
+    """Return the items of a task, the first `limit` or all (0), from JSON lines at `path`; None downloads them first.
 
     UserError names a line that is not an item.
     """
@@ -37,7 +37,7 @@ def read(task, path, limit=0):
             try:
                 item = json.loads(line)
             except ValueError as error:
-                raise UserError(f'{path}:{number}: not JSON ({error}); expected one object a line') from None
+                raise UserError(f'{path}:{number}: not JSON ({error}); expected one object per line') from None
             if not isinstance(item, dict) or not all(key in item for key in KEYS[task]):
                 raise UserError(f'{path}:{number}: expected an object with {", ".join(KEYS[task])}')
             items.append(item)
@@ -48,8 +48,8 @@ def read(task, path, limit=0):
     return items
 
 
-def rows(task, items, tok):
-    """Return what has to be scored: for HellaSwag a row for each ending, for LAMBADA one for each text."""
+def requests(task, items, tok):
+    """Return the requests of a task: one per ending for HellaSwag, one per text for LAMBADA."""
     if task == 'hellaswag':
         return [(tok.encode(item['ctx']) or tok.start_ids, tok.encode(' ' + ending))
                 for item in items for ending in item['endings']]
@@ -58,14 +58,14 @@ def rows(task, items, tok):
     return [(tok.encode(text[:cut]) or tok.start_ids, tok.encode(text[cut:])) for text, cut in zip(texts, cuts)]
 
 
-def scores(task, items, scored):
-    """Return {name: value} by the task's RULE from the scores of its rows; a tie goes to the earlier ending."""
+def scores(task, items, results):
+    """Return {name: value} by the task's RULE from the results of its requests; of equal endings the first counts."""
     if task == 'lambada':
-        return {'acc': sum(exact for _, _, exact in scored) / len(items),
-                'perplexity': math.exp(min(700, sum(nats for nats, _, _ in scored) / len(items)))}
-    normed, summed, scored = 0, 0, iter(scored)
+        return {'acc': sum(is_greedy for _, _, is_greedy in results) / len(items),
+                'perplexity': math.exp(min(700, sum(nats for nats, _, _ in results) / len(items)))}
+    normed, summed, results = 0, 0, iter(results)
     for item in items:
-        four = [next(scored) for _ in item['endings']]
+        four = [next(results) for _ in item['endings']]
         means, sums = [nats / n_tokens for nats, n_tokens, _ in four], [nats for nats, _, _ in four]
         normed += means.index(min(means)) == int(item['label'])
         summed += sums.index(min(sums)) == int(item['label'])
@@ -73,7 +73,7 @@ def scores(task, items, scored):
 
 
 def detokenize(words):
-    """Return a text that was split into words and punctuation marks as it is usually written; others pass unchanged."""
+    """Return a text that was split into words and punctuation marks in its usual form; other texts are unchanged."""
     if not re.search(r"``| n't\b| ,| \.(?!\.)", words):
         return words
     words = re.sub(r"`` ?| ?''", '"', words)

@@ -16,6 +16,8 @@ REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 torch.set_num_threads(1)  # tiny models; threads only wait for each other
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # in the processes that tests start
+if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
+    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared))  # GPT-2's BPE file, on machines without a network
 
 TINY = ('--device=cpu --dtype=float32 --n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=4 '
         '--gradient_accumulation_steps=1 --max_iters=6 --eval_interval=4 --eval_iters=2 --warmup_iters=2 '
@@ -78,3 +80,22 @@ def workdir(tmp_path, monkeypatch):
     write_dataset(tmp_path / 'data' / 'tiny', ids, ids[:400])
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture
+def prepare(tmp_path, monkeypatch, capfd):
+    """prepare(*flags, dataset='text', **options) runs data/DATASET/prepare.py of a scratch repository in this process.
+
+    Returns what it wrote as a textkit.Prepared; prepare.out and prepare.err are what it printed.
+    """
+    from textkit import Prepared
+
+    from lib.text import prepare as prepare_room
+    monkeypatch.chdir(tmp_path)
+
+    def prepare(*flags, dataset='text', **options):
+        monkeypatch.setattr(sys, 'argv', ['prepare.py', *map(str, flags)])
+        prepare_room.prepare(tmp_path / 'data' / dataset / 'prepare.py', **options)
+        prepare.out, prepare.err = capfd.readouterr()
+        return Prepared(max((tmp_path / 'data').glob('*/meta.json'), key=lambda p: p.stat().st_mtime_ns).parent)
+    return prepare

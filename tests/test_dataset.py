@@ -1,28 +1,56 @@
-"""lib/text/dataset.py: which tokens a batch holds is a pure function of the seed and the sample's number."""
+"""lib/text/dataset.py: the tokens in a batch are a pure function of the seed and the sample's number."""
+import math
+import os
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import TINY, write_dataset
+from kit import Ranks, load
 
-from lib.text.data_folder import folder
-from lib.text.dataset import eval_starts, open_dataset, split_batches, train_starts
+from configurator import UserError
+from lib.text import data_folder
+from lib.text.dataset import Split, eval_starts, open_dataset, split_batches, train_starts
 
 
-def starts(order='epochs', seed=1, n_tokens=1000, block_size=8, first=0, count=100):
-    return train_starts(order, seed, n_tokens, block_size, first, count)
+def starts(seed=1, n_tokens=1000, block_size=8, first=0, count=100):
+    return train_starts(seed, n_tokens, block_size, first, count)
 
 
-@pytest.mark.parametrize('order', ['epochs', 'random'])
-def test_samples_do_not_depend_on_how_they_are_asked_for(order):
-    whole = starts(order, count=300)
-    parts = [starts(order, first=first, count=count) for first, count in ((0, 7), (7, 200), (207, 93))]
+def as_split(ids, n_bytes=0, vocab_size=2**16):
+    return Split(Path('some.bin'), np.asarray(ids, dtype='<u4'), n_bytes, '', vocab_size)
+
+
+# Training samples
+
+def test_samples_do_not_depend_on_how_they_are_grouped():
+    whole = starts(count=300)
+    parts = [starts(first=first, count=count) for first, count in ((0, 7), (7, 200), (207, 93))]
     assert (np.concatenate(parts) == whole).all()
 
 
-@pytest.mark.parametrize('world_size', [1, 2, 4])
-def test_any_number_of_ranks_reads_the_same_samples_in_a_step(world_size):
-    micro_steps, batch_size, step = 4, 3, 5
-    read = [start for rank in range(world_size) for micro in range(rank, micro_steps, world_size)
-            for start in starts(first=step * micro_steps * batch_size + micro * batch_size, count=batch_size)]
-    assert sorted(read) == sorted(starts(first=step * 12, count=12))
+RECORD_WINDOWS = """
+import torch
+from lib.text import dataset
+real = dataset.Split.batch
+def batch(self, starts, block_size):
+    if torch.is_grad_enabled():  # a training batch, not an evaluation
+        with open(f'windows-{rank}', 'a', encoding='utf-8') as file:
+            print(*starts, file=file)
+    return real(self, starts, block_size)
+dataset.Split.batch = batch
+"""
+
+
+def test_two_ranks_read_the_samples_of_one_process_in_every_update(run, workdir, monkeypatch):
+    flags = [*TINY, '--max_iters=3', '--gradient_accumulation_steps=4', '--compile=False', '--out_dir=two']
+    ended = Ranks(2, 'train.py', *flags, '--backend=gloo', cwd=workdir, hook=RECORD_WINDOWS).wait()
+    assert [status for status, _, _ in ended] == [0, 0], ended
+    lines = [Path(f'windows-{rank}').read_text(encoding='utf-8').splitlines() for rank in (0, 1)]
+    assert [len(of_rank) for of_rank in lines] == [6, 6]  # 3 updates of 2 micro-batches each
+    for update in range(3):
+        read = ' '.join(lines[0][2 * update:2 * update + 2] + lines[1][2 * update:2 * update + 2]).split()
+        assert sorted(map(int, read)) == sorted(starts(seed=1337, n_tokens=2000, first=16 * update, count=16))
 
 
 @pytest.mark.parametrize('n_tokens', [9, 10, 17, 25, 26, 999, 1000, 1001])
@@ -47,20 +75,23 @@ def test_every_token_is_a_target_within_a_few_epochs():
     assert seen[8:-8].all()
 
 
-@pytest.mark.parametrize('order', ['epochs', 'random'])
-def test_another_seed_reads_otherwise(order):
-    assert (starts(order, seed=1) != starts(order, seed=2)).any()
+def test_another_seed_reads_other_samples():
+    assert (starts(seed=1) != starts(seed=2)).any()
 
 
-def test_random_crops_are_uniform():
-    counts = np.bincount(starts('random', n_tokens=108, count=100_000), minlength=100)
-    assert len(counts) == 100 and ((counts - 1000) ** 2 / 1000).sum() / 99 < 1.4  # chi-squared a degree of freedom
-
-
-def test_a_shuffled_order_is_no_simple_stride():
+def test_a_shuffled_order_is_not_a_simple_stride():
     order = starts(n_tokens=8 * 4097, count=4095) // 8
     assert len(set(np.diff(order))) > 2000 and abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
 
+
+def test_targets_are_the_inputs_shifted_by_one(workdir):
+    split = open_dataset('tiny', 8).train
+    idx, targets = split.batch(np.array([0, 5]), 8)
+    assert idx.tolist() == [split.tokens[0:8].tolist(), split.tokens[5:13].tolist()]
+    assert targets.tolist() == [split.tokens[1:9].tolist(), split.tokens[6:14].tolist()]
+
+
+# Evaluation
 
 def test_evaluation_windows_are_spread_evenly_from_end_to_end():
     at = eval_starts(1000, 8, 5, 4)
@@ -68,22 +99,56 @@ def test_evaluation_windows_are_spread_evenly_from_end_to_end():
     assert np.ptp(np.diff(at.ravel())) <= 1
 
 
+@pytest.mark.parametrize('n_tokens', [9, 16, 17, 400])
 @pytest.mark.parametrize('world_size', [1, 2, 3])
-def test_the_whole_split_makes_every_token_but_the_first_a_target_once(workdir, world_size):
-    split = open_dataset('tiny', 8).val
-    windows = [pair for rank in range(world_size) for pair in split_batches(split, 8, 4, rank, world_size)]
-    assert sum(targets.numel() for _, targets in windows) == len(split) - 1
-    targets = np.concatenate([t.numpy().ravel() for _, t in windows])
-    assert (np.bincount(targets) == np.bincount(split.tokens[1:])).all()
+def test_in_a_whole_split_every_token_but_the_first_is_a_target_once(world_size, n_tokens):
+    split = as_split(range(n_tokens))
+    batches = [pair for rank in range(world_size) for pair in split_batches(split, 8, 4, rank, world_size)]
+    assert sorted(np.concatenate([targets.numpy().ravel() for _, targets in batches])) == list(range(1, n_tokens))
+    assert sorted(np.concatenate([idx.numpy().ravel() for idx, _ in batches])) == list(range(n_tokens - 1))
 
 
-def test_targets_are_the_tokens_one_on(workdir):
-    idx, targets = open_dataset('tiny', 8).train.batch(np.array([0, 5]), 8)
-    assert idx.shape == targets.shape == (2, 8) and (idx[:, 1:] == targets[:, :-1]).all()
+def test_max_targets_reads_full_windows_spread_evenly_over_the_split():
+    batches = list(split_batches(as_split(range(1001)), 10, 4, max_targets=99))
+    first = np.concatenate([idx[:, 0].numpy() for idx, _ in batches])
+    assert first.tolist() == [0, 120, 240, 370, 490, 610, 740, 860, 990]  # 9 of the 100 windows
+    assert all(idx.shape[1] == 10 for idx, _ in batches)
 
 
-def test_a_mapped_file_reads_as_one_in_memory(workdir, monkeypatch):
-    from lib.text import data_folder
+def test_max_targets_leaves_a_shorter_split_whole():
+    whole, limited = (list(split_batches(as_split(range(95)), 10, 4, max_targets=most)) for most in (None, 94))
+    assert sum(targets.numel() for _, targets in limited) == sum(targets.numel() for _, targets in whole) == 94
+
+
+def test_bits_per_byte_of_a_uniform_guess_are_known():
+    loss = math.log(16)  # nats per token: 4 bits
+    split = as_split([0] * 400, n_bytes=800)
+    assert split.bits_per_byte(loss, 400) == pytest.approx(2.0)
+    assert split.bits_per_byte(loss, 399) == pytest.approx(2.0 * 399 / 400)
+
+
+def test_bits_per_byte_of_a_text_of_unknown_size_are_none():
+    assert as_split([0] * 400).bits_per_byte(1.0, 400) is None
+
+
+# Faults
+
+@pytest.mark.parametrize('split', ['train', 'val'])
+@pytest.mark.parametrize('n_tokens', [5, 8])
+def test_a_split_shorter_than_a_window_and_its_target_is_refused(workdir, split, n_tokens):  # fault 30
+    ids = {'train': range(16), 'val': range(16), split: [0] * n_tokens}
+    write_dataset(workdir / 'data' / 'short', list(ids['train']), list(ids['val']))
+    with pytest.raises(UserError, match=f'{split}.bin has {n_tokens} tokens; block_size=8 needs at least 9'):
+        open_dataset('short', 8)
+
+
+def test_a_split_of_one_window_trains(run, workdir):  # fault 30: the shortest that works
+    write_dataset(workdir / 'data' / 'short', list(range(9)), list(range(10)))
+    done = run('train.py', *TINY, '--dataset=short')
+    assert done.status == 0, done.err
+
+
+def test_a_mapped_file_reads_like_one_in_memory(workdir, monkeypatch):
     small = open_dataset('tiny', 8).train.batch(np.arange(50), 8)
     monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)
     mapped = open_dataset('tiny', 8).train
@@ -91,6 +156,28 @@ def test_a_mapped_file_reads_as_one_in_memory(workdir, monkeypatch):
     assert all((a == b).all() for a, b in zip(small, mapped.batch(np.arange(50), 8)))
 
 
-def test_a_folder_here_comes_before_the_repositorys(workdir):
-    (workdir / 'data' / 'shakespeare_char').mkdir()
-    assert folder('shakespeare_char').resolve() == workdir / 'data' / 'shakespeare_char'
+def test_an_invalid_token_in_a_mapped_file_is_reported_with_its_position(workdir, monkeypatch):  # fault 31
+    monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)  # map the file and do not scan it
+    path = workdir / 'data' / 'tiny' / 'train.bin'
+    ids = np.fromfile(path, '<u2')
+    ids[17] = 40
+    ids.tofile(path)
+    split = open_dataset('tiny', 8).train
+    with pytest.raises(UserError, match='train.bin contains token 40 at position 17, vocab_size is 16'):
+        split.batch(np.array([0, 10]), 8)
+    split.batch(np.array([0, 18]), 8)
+
+
+def test_a_bin_truncated_while_training_is_reported_in_one_line(run, workdir, monkeypatch):  # fault 35
+    monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)
+    real, calls = Split.batch, []
+
+    def batch(self, *args):
+        calls.append(self)
+        if len(calls) == 6:
+            os.truncate(workdir / 'data' / 'tiny' / 'train.bin', 100)
+        return real(self, *args)
+    monkeypatch.setattr(Split, 'batch', batch)
+    done = run('train.py', *TINY)
+    assert done.status == 1 and 'train.bin was truncated while it was being read' in done.last_error
+    assert load('out/last.pt')['iter_num'] == 0

@@ -1,4 +1,4 @@
-"""evaluate.py and the rules of the tasks, against sums by hand."""
+"""evaluate.py: printed losses against sums written out, token by token."""
 import json
 import math
 
@@ -38,7 +38,7 @@ def as_split(ids):
 
 
 def brute_force(model, ids, contexts):
-    """The summed loss of tokens 1, 2, ..., each given so many tokens before it, in a forward pass of its own."""
+    """The summed loss of tokens 1, 2, ...: a forward pass for each, over its number of context tokens in `contexts`."""
     total = 0.0
     for i, n in enumerate(contexts, 1):
         with torch.no_grad():
@@ -53,18 +53,18 @@ IDS = [int(i) for i in np.random.default_rng(0).integers(16, size=30)]
 def test_stride_1_gives_every_token_the_longest_context():
     model = tiny_gpt()
     expected = brute_force(model, IDS, [min(i, 8) for i in range(1, 30)])
-    assert evaluate.split_nats(model, RT, as_split(IDS), 8, 1) == pytest.approx(expected, rel=1e-5)
+    assert evaluate.split_loss(model, RT, as_split(IDS), 8, 1) == pytest.approx(expected, rel=1e-5)
 
 
-def test_windows_side_by_side_begin_anew_and_the_last_is_short():
+def test_windows_do_not_overlap_by_default_and_the_last_is_short():
     model = tiny_gpt()
     expected = brute_force(model, IDS, [i % 8 + 1 for i in range(29)])
-    assert evaluate.split_nats(model, RT, as_split(IDS), 8, 8) == pytest.approx(expected, rel=1e-5)
+    assert evaluate.split_loss(model, RT, as_split(IDS), 8, 8) == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize('n_tokens', [2, 8, 9, 10, 17, 30])
 @pytest.mark.parametrize('stride', [1, 3, 8])
-def test_every_token_but_the_first_counts_once(n_tokens, stride):
+def test_every_token_but_the_first_is_scored_once(n_tokens, stride):
     counted = []
     for start, length, fresh in evaluate.windows(n_tokens, 8, stride):
         assert 0 < fresh <= length <= 8
@@ -76,7 +76,7 @@ def test_the_batch_size_changes_no_result(monkeypatch):
     model, found = tiny_gpt(), []
     for size in (1, 3, 100):
         monkeypatch.setattr(evaluate, 'batch_size', size)
-        found.append(evaluate.split_nats(model, RT, as_split(IDS[:28]), 8, 3))  # the last window reads 6 tokens
+        found.append(evaluate.split_loss(model, RT, as_split(IDS[:28]), 8, 3))  # the last window reads 6 tokens
     assert found == pytest.approx([found[0]] * 3, rel=1e-6)
 
 
@@ -100,6 +100,21 @@ def test_the_whole_split_is_what_eval_only_prints(run, workdir):
     assert f'val loss {printed:.4f}' in run('train.py', *TINY, '--eval_only', '--init_from=resume').out
 
 
+def test_a_text_is_read_with_its_line_ends_and_without_its_byte_order_mark(run, workdir):
+    save_run(workdir, chars='abcdefghijklmn\r\n', scale=0.0)  # 4 bits per character
+    (workdir / 'a.txt').write_bytes(b'\xef\xbb\xbf' + b'ab\r\ncd\n' * 3)
+    done = run('evaluate.py', '--device=cpu', '--text=a.txt')
+    assert '(20 targets' in done.out, done.err
+    assert numbers(done.out.splitlines()[-1])['bpb'] == pytest.approx(4 * 20 / 21, abs=1e-4)
+
+
+def test_train_prints_the_bits_per_byte_of_a_known_distribution(run, workdir):
+    save_run(workdir, scale=0.0)
+    done = run('train.py', '--eval_only', '--init_from=resume', '--dataset=tiny', '--device=cpu', '--dtype=float32',
+               '--batch_size=4')
+    assert f'val loss {math.log(16):.4f}, val bpb {4 * 399 / 400:.4f}\n' in done.out, done.err
+
+
 def test_a_text_file_gives_what_the_same_tokens_in_a_dataset_do(run, workdir):
     save_run(workdir)
     val = np.fromfile('data/tiny/val.bin', dtype='<u2')
@@ -110,7 +125,47 @@ def test_a_text_file_gives_what_the_same_tokens_in_a_dataset_do(run, workdir):
     assert numbers(text.splitlines()[-1]) == numbers(dataset.splitlines()[-1]) and 'stride 2' in text
 
 
-def test_a_text_that_is_not_utf8_is_refused_with_its_place_or_read_by_the_name_of_its_encoding(run, workdir):
+# tasks (their rules are tested in test_tasks.py)
+
+def test_continuations_are_scored_token_by_token_given_their_context():
+    model = tiny_gpt()
+    requests = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9, 10]), (list(range(12)), [3, 3])]  # the last is cut to 9 tokens
+    found = evaluate.loglikelihoods(model, RT, requests)
+    for (context, end), (nats, n_tokens, _) in zip(requests, found):
+        ids = (context + end)[-9:]
+        first = len(ids) - len(end)
+        with torch.no_grad():
+            losses = [F.cross_entropy(model(torch.tensor([ids[:i]]))[0][0, -1], torch.tensor(ids[i]))
+                      for i in range(first, len(ids))]
+        assert n_tokens == len(end) and nats == pytest.approx(float(sum(losses)), rel=1e-5)
+
+
+def test_a_continuation_is_greedy_only_if_each_of_its_tokens_is_the_likeliest():
+    model = tiny_gpt()
+    with torch.no_grad():
+        first = int(model(torch.tensor([[1, 2]]))[0].argmax())
+        second = int(model(torch.tensor([[1, 2, first]]))[0].argmax())
+    wrong = (second + 1) % 16
+    found = evaluate.loglikelihoods(model, RT, [([1, 2], [first, second]), ([1, 2], [first, wrong])])
+    assert [is_greedy for _, _, is_greedy in found] == [True, False]
+
+
+ITEMS = [{'ctx': 'ab', 'endings': ['c', 'dd', 'eee', 'f'], 'label': 2},
+         {'ctx': '', 'endings': ['a', 'b', 'c', 'd'], 'label': 3}]
+
+
+@pytest.mark.parametrize('task, items', [('hellaswag', ITEMS), ('lambada', [{'text': 'ab cd ef'}, {'text': 'b c'}])])
+def test_a_task_runs_from_local_json_lines(run, workdir, task, items):
+    chars = 'abcdefghijklmno '
+    save_run(workdir, chars)
+    (workdir / 'items.jsonl').write_text('\n'.join(map(json.dumps, items)) + '\n', encoding='utf-8')
+    done = run('evaluate.py', '--device=cpu', f'--task={task}', '--input=items.jsonl', '--limit=2')
+    assert done.status == 0 and '(2 items; ' in done.out and tasks.RULE[task] in done.out, done.err
+
+
+# Faults
+
+def test_a_text_in_another_encoding_needs_its_name(run, workdir):
     save_run(workdir, chars='一二三四五六七八九十abcdef')
     (workdir / 'a.txt').write_text('一二三四五六七八九十' * 5, encoding='gb18030', newline='')
     done = run('evaluate.py', '--device=cpu', '--text=a.txt')
@@ -140,114 +195,15 @@ def test_a_dataset_of_another_kind_of_tokenizer_is_refused(run, workdir):
         **state['model_args'], 'vocab_size': 256}, 'model': GPT(GPTConfig(
             block_size=8, vocab_size=256, n_layer=1, n_head=2, n_embd=16)).state_dict()})
     done = run('evaluate.py', '--device=cpu')
-    assert "its tokenizer is char, the model's is byte; prepare it as it was in training" in done.last_error
+    assert "its tokenizer is char, the model's is byte; prepare it as for the training" in done.last_error
 
 
 def test_a_stride_that_would_leave_out_tokens_is_refused(run, workdir):
     save_run(workdir)
     done = run('evaluate.py', '--device=cpu', '--stride=9')
-    assert done.status == 1 and 'the model reads 8 at once' in done.last_error
+    assert done.status == 1 and 'the context of the model is 8 tokens' in done.last_error
 
 
-def test_wrong_settings_are_told_together(run, workdir):
+def test_all_wrong_settings_are_reported_together(run, workdir):
     done = run('evaluate.py', '--device=cpu', '--task=trivia', '--text=none.txt', '--stride=-1')
     assert done.status == 2 and len(done.err.splitlines()) == 4  # text and task exclude each other, too
-
-
-# the tasks
-
-class Letters:
-    """A tokenizer of the letters a to p, the space included as p, for toy tasks."""
-    start_ids = [0]
-
-    @staticmethod
-    def encode(text):
-        return [15 if c == ' ' else ord(c) - ord('a') for c in text]
-
-
-def test_continuations_are_scored_token_by_token_given_their_context():
-    model = tiny_gpt()
-    rows = [([1, 2, 3], [4, 5]), ([6], [7, 8, 9, 10]), (list(range(12)), [3, 3])]  # the last is cut to 9 tokens
-    found = evaluate.continuation_nats(model, RT, rows)
-    for (context, end), (nats, n_tokens, _) in zip(rows, found):
-        ids = (context + end)[-9:]
-        first = len(ids) - len(end)
-        with torch.no_grad():
-            losses = [F.cross_entropy(model(torch.tensor([ids[:i]]))[0][0, -1], torch.tensor(ids[i]))
-                      for i in range(first, len(ids))]
-        assert n_tokens == len(end) and nats == pytest.approx(float(sum(losses)), rel=1e-5)
-
-
-def test_a_continuation_is_exact_only_if_each_token_is_the_likeliest():
-    model = tiny_gpt()
-    with torch.no_grad():
-        first = int(model(torch.tensor([[1, 2]]))[0].argmax())
-        second = int(model(torch.tensor([[1, 2, first]]))[0].argmax())
-    wrong = (second + 1) % 16
-    found = evaluate.continuation_nats(model, RT, [([1, 2], [first, second]), ([1, 2], [first, wrong])])
-    assert [exact for _, _, exact in found] == [True, False]
-
-
-ITEMS = [{'ctx': 'ab', 'endings': ['c', 'dd', 'eee', 'f'], 'label': 2},
-         {'ctx': 'ab', 'endings': ['g', 'g', 'g', 'g'], 'label': '0'},
-         {'ctx': '', 'endings': ['a', 'b', 'c', 'd'], 'label': 3},
-         {'ctx': 'b', 'endings': ['a', 'b', 'c', 'd'], 'label': 1}]
-
-
-def test_hellaswag_scores_four_endings_behind_a_space():
-    rows = tasks.rows('hellaswag', ITEMS, Letters)
-    assert len(rows) == 16 and rows[2] == ([0, 1], [15, 4, 4, 4]) and rows[8] == ([0], [15, 0])
-
-
-def test_hellaswag_accuracy_by_hand():
-    """The right ending is best per token in items 0, 1 (a tie) and 3, and in sum in items 1 and 3."""
-    scored = [[(3, 2), (4, 3), (4.4, 4), (5, 2)], [(2, 2)] * 4, [(1, 2), (9, 2), (9, 2), (9, 2)],
-              [(9, 2), (1, 2), (9, 2), (9, 2)]]
-    found = tasks.scores('hellaswag', ITEMS, [(*pair, False) for item in scored for pair in item])
-    assert found == {'acc_norm': 0.75, 'acc': 0.5}
-
-
-def test_lambada_scores_the_last_word_with_its_space():
-    items = [{'text': 'ab cd efg\n'}, {'text': 'abc'}]
-    assert tasks.rows('lambada', items, Letters) == [([0, 1, 15, 2, 3], [15, 4, 5, 6]), ([0], [0, 1, 2])]
-
-
-def test_lambada_accuracy_and_perplexity_by_hand():
-    scored = [(math.log(2), 1, True), (math.log(8), 3, False), (0, 1, True), (0, 2, True)]
-    found = tasks.scores('lambada', [{}] * 4, scored)
-    assert found == {'acc': 0.75, 'perplexity': pytest.approx(2.0)}
-
-
-def test_a_text_split_into_words_and_marks_is_put_together():
-    split = "`` do n't you know , '' he said , `` that it 's ( quite ) late ? ''"
-    assert tasks.detokenize(split) == "\"don't you know,\" he said, \"that it's (quite) late?\""
-    assert tasks.detokenize('"It\'s fine," she said. Then ...') == '"It\'s fine," she said. Then ...'
-
-
-@pytest.mark.parametrize('task, items', [('hellaswag', ITEMS), ('lambada', [{'text': 'ab cd ef'}, {'text': 'b c'}])])
-def test_a_task_runs_from_local_json_lines(run, workdir, task, items):
-    chars = 'abcdefghijklmno '
-    save_run(workdir, chars)
-    (workdir / 'items.jsonl').write_text('\n'.join(map(json.dumps, items)) + '\n', encoding='utf-8')
-    done = run('evaluate.py', '--device=cpu', f'--task={task}', '--input=items.jsonl', '--limit=2')
-    assert done.status == 0 and '(2 items; ' in done.out and tasks.RULE[task] in done.out, done.err
-
-
-@pytest.mark.parametrize('line, said', [('{"ctx": "a"}', 'expected an object with ctx, endings, label'),
-                                        ('not json', 'not JSON'), ('[1]', 'expected an object')])
-def test_a_line_that_is_no_item_is_named(tmp_path, line, said):
-    path = tmp_path / 'items.jsonl'
-    path.write_text(json.dumps(ITEMS[0]) + '\n' + line + '\n', encoding='utf-8')
-    with pytest.raises(SystemExit) as caught:
-        tasks.read('hellaswag', path)
-    assert f'{path}:2: {said}' in caught.value.message
-
-
-def test_without_a_connection_the_task_says_where_its_file_goes(monkeypatch, tmp_path):
-    def fail(url, path):
-        raise tasks.UserError(f'download failed: no route from {url}; put it elsewhere')
-    monkeypatch.setattr(tasks, 'download', fail)
-    monkeypatch.setattr(tasks, 'REPO', tmp_path)
-    with pytest.raises(SystemExit) as caught:
-        tasks.read('lambada', None)
-    assert f"put it at {tmp_path / 'data' / 'lambada' / 'input.jsonl'}, or name a copy" in caught.value.message

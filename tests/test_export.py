@@ -1,12 +1,14 @@
-"""export.py: transformers computes what we do, and what it cannot is refused."""
+"""export.py: transformers computes the same logits and token ids; models that it cannot express are refused."""
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
 
 import export
 from lib.text import tokenizer
-from lib.weights import checkpoint
+from lib.weights import checkpoint, gpt2
 from model import GPT, GPTConfig
 
 transformers = pytest.importorskip('transformers')
@@ -15,7 +17,7 @@ tokenizers = pytest.importorskip('tokenizers')
 
 @pytest.fixture
 def exported(run, tmp_path, monkeypatch):
-    """exported(option=value, ...) exports a model whose weights are wide enough to tell; returns (Outcome, model)."""
+    """exported(option=value, ...) exports a model with large random weights; returns (Outcome, model)."""
     monkeypatch.chdir(tmp_path)
 
     def exported(**options):
@@ -40,19 +42,19 @@ def test_transformers_loads_it_and_computes_equal_logits(exported, options):
     assert not any(report[key] for key in ('missing_keys', 'unexpected_keys', 'mismatched_keys'))
     idx = torch.randint(16, (3, model.config.block_size), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        assert (theirs.eval()(idx).logits - model(idx, idx)[0]).abs().max() < 1e-4
+        assert (theirs.eval()(idx).logits - model(idx, idx, return_logits=True)[0]).abs().max() < 1e-4
 
 
 def test_import_undoes_export(exported):
     _, model = exported()
-    back = GPT.from_pretrained('out/hf')
+    back = gpt2.find('out/hf').load()
     assert back.config == model.config
     assert all(torch.equal(p, q) for p, q in zip(back.parameters(), model.parameters()))
 
 
 def test_a_bias_that_was_left_out_comes_back_as_zero(exported):
     model = exported(bias=False)[1].state_dict()
-    back = GPT.from_pretrained('out/hf').state_dict()
+    back = gpt2.find('out/hf').load().state_dict()
     assert all(torch.equal(back[name], tensor) for name, tensor in model.items())
     assert not any(back[name].any() for name in back.keys() - model.keys())
 
@@ -64,32 +66,10 @@ def test_the_folder_is_sampled_with_its_own_tokenizer(run, exported):
     assert from_run.status == 0 and from_folder.out == from_run.out, from_folder.err
 
 
-@pytest.mark.parametrize('name, value', [('pos', 'rope'), ('norm', 'rmsnorm'), ('mlp', 'relu2'), ('mlp', 'swiglu'),
-                                         ('qk_norm', True), ('tie_weights', False), ('softcap', 15.0), ('smear', True)])
-def test_what_gpt2s_class_cannot_express_is_refused_in_a_line(exported, tmp_path, name, value):
-    done, _ = exported(**{name: value})
-    assert done.status == 1 and len(done.err.strip().splitlines()) == 1
-    assert f'{name}={value}' in done.err and not (tmp_path / 'out/hf').exists()
-
-
-def test_weights_that_are_not_finite_are_not_exported(run, exported):
-    _, model = exported()
-    saved = torch.load('out/ckpt.pt', weights_only=True)
-    saved['model']['transformer.ln_f.bias'][3] = torch.nan
-    checkpoint.save('out/ckpt.pt', saved)
-    done = run('export.py', '--to=elsewhere')
-    assert done.status == 1 and done.last_error.endswith('the weights of out are not finite')
-
-
-def test_whoever_may_read_the_folder_may_read_the_weights(exported, tmp_path):
+def test_the_weights_have_the_same_permissions_as_the_other_files(exported, tmp_path):
     exported()
     folder = tmp_path / 'out' / 'hf'
     assert (folder / 'model.safetensors').stat().st_mode == (folder / 'config.json').stat().st_mode
-
-
-def test_without_a_checkpoint_it_says_so(run, workdir):
-    done = run('export.py', '--out_dir=nowhere')
-    assert done.status == 1 and 'ckpt.pt not found' in done.last_error
 
 
 TEXT = "It's 1984, isn't it?  Two  spaces\n\n\tand “quotes” — 東京 naïve 🙂 don't!"
@@ -127,3 +107,43 @@ def test_gpt2s_own_tokenizer_keeps_its_ids_in_transformers(tmp_path):
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
     assert theirs(TEXT)['input_ids'] == tok.encode(TEXT)
     assert len(json.loads((tmp_path / 'vocab.json').read_text(encoding='utf-8'))) == 50257
+
+
+# Faults
+
+@pytest.mark.parametrize('name, value', [('pos', 'rope'), ('norm', 'rmsnorm'), ('mlp', 'relu2'), ('mlp', 'swiglu'),
+                                         ('qk_norm', True), ('tie_weights', False), ('softcap', 15.0), ('smear', True)])
+def test_options_that_transformers_gpt2_lacks_are_refused_in_one_line(exported, tmp_path, name, value):
+    done, _ = exported(**{name: value})
+    assert done.status == 1 and len(done.err.strip().splitlines()) == 1
+    assert f'{name}={value}' in done.err and 'config/gpt2_classic.py' in done.err and not (tmp_path / 'out/hf').exists()
+
+
+def test_weights_that_are_not_finite_are_not_exported(run, exported):
+    _, model = exported()
+    saved = torch.load('out/ckpt.pt', weights_only=True)
+    saved['model']['transformer.ln_f.bias'][3] = torch.nan
+    checkpoint.save('out/ckpt.pt', saved)
+    done = run('export.py', '--to=elsewhere')
+    assert done.status == 1 and 'out/ckpt.pt: checkpoint contains NaN' in done.last_error
+
+
+def test_without_a_checkpoint_the_missing_file_is_named(run, workdir):
+    done = run('export.py', '--out_dir=nowhere')
+    assert done.status == 1 and 'ckpt.pt not found' in done.last_error
+
+
+def test_a_folder_that_cannot_be_completed_has_no_config(run, exported, monkeypatch):
+    exported()
+
+    def full(*args, **kwargs):
+        raise OSError(28, 'No space left on device')
+    monkeypatch.setattr('safetensors.torch.save_file', full)
+    done = run('export.py')
+    assert done.status == 1 and 'cannot write out/hf (No space left on device); name another' in done.last_error
+    assert not os.path.exists('out/hf/config.json') and not list(Path('out/hf').glob('*.tmp*'))
+
+
+def test_help_lists_the_three_settings_and_no_source_comment(run):
+    listed = run('export.py', '--help').out.split('Settings (--name=value):\n')[1]
+    assert [line.split()[0] for line in listed.splitlines()] == ['--init_from', '--out_dir', '--to']

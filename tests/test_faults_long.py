@@ -43,7 +43,7 @@ def test_thirty_random_kills_of_a_run_that_saves_at_every_step_change_no_bit(wor
         ranks.all[0].join()
         kills += 1
         inside_a_save += saves.read_bytes().endswith(b'(')
-        assert checkpoint.load('out/ckpt.pt') and checkpoint.newest('out')[0].name == 'last.pt'
+        assert checkpoint.load('out/ckpt.pt') and checkpoint.find_latest('out')[0].name == 'last.pt'
     print(f'{kills} kills, {inside_a_save} of them inside a save')
     (last,) = Ranks(1, 'train.py', *flags, cwd=workdir).wait(500)
     assert last[0] == 0, last

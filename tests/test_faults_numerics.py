@@ -58,7 +58,7 @@ def test_where_the_host_learns_of_it_late_the_weights_have_stayed_as_they_were(r
         def __call__(self, tensor):
             late, self.seen = self.seen, tensor.tolist()
             return late
-    monkeypatch.setattr(runtime, 'Late', lambda rt: OneCallLate())
+    monkeypatch.setattr(runtime, 'DelayedReader', lambda rt: OneCallLate())
     nan_at(3)
     poisoned, weights = model_file.GPT.forward, []
 

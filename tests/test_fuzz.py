@@ -1,4 +1,4 @@
-"""Fuzz: damage anywhere in a file is refused in a line, or what is loaded equals the original."""
+"""Fuzz: a file with random damage is refused with one line, or it is read without any difference."""
 import json
 import random
 
@@ -15,7 +15,7 @@ from lib.weights import checkpoint
 
 
 def regions(raw):
-    """Return the spans of a zip file by kind: local headers, data, the directory, the end."""
+    """Return the spans of a zip file: all of it, each local header and its data, the directory, the end."""
     spans, at = [(0, len(raw))], 0
     directory = raw.index(b'PK\x01\x02')
     end = raw.rindex(b'PK\x05\x06')
@@ -29,7 +29,7 @@ def regions(raw):
 
 
 def damage(raw, span, rng):
-    """Return `raw` with one random fault whose place is uniform over `span`."""
+    """Return `raw` with one random fault at a position that is uniform over `span`."""
     at, raw = rng.randrange(*span), bytearray(raw)
     kind = rng.choice(['bit', 'bit', 'byte', 'zeros', 'cut', 'insert', 'delete', 'repeat'])
     n = rng.choice([1, 2, 64, 4096])
@@ -51,7 +51,7 @@ def damage(raw, span, rng):
 
 
 def fuzz(path, spans, read, same, cases, seed):
-    """Damage `path` `cases` times; returns (refused, unharmed), raising where neither holds."""
+    """Damage `path` `cases` times; return (refused, unharmed). AssertionError if a case is neither."""
     raw, rng, refused, unharmed = path.read_bytes(), random.Random(seed), 0, 0
     for case in range(cases):
         path.write_bytes(damage(raw, spans[case % len(spans)], rng))
@@ -96,13 +96,14 @@ def fuzz_dataset(folder, name, cases):
 
 
 def test_sixty_damaged_checkpoints_are_refused_or_unharmed(trained):
-    assert sum(fuzz_checkpoint(trained, 60)) == 60
+    refused, unharmed = fuzz_checkpoint(trained, 60)
+    assert refused > 36 and unharmed < 24
 
 
 @pytest.mark.slow
 def test_a_thousand_damaged_checkpoints_are_refused_or_unharmed(trained):
     refused, unharmed = fuzz_checkpoint(trained, 1000)
-    assert refused + unharmed == 1000 and refused > 600
+    assert refused > 600 and unharmed < 400
 
 
 @pytest.mark.parametrize('name, cases', [('meta.json', 60), ('train.bin', 20), ('val.bin', 20)])
@@ -131,8 +132,18 @@ def test_a_thousand_damaged_meta_pkls_end_in_a_line_or_a_character_table(workdir
          lambda found: found.tokenizer['kind'] == 'char' and found.vocab_size == len(found.tokenizer['chars']), 1000, 3)
 
 
-def test_the_negative_control_a_wrong_weight_would_be_noticed(trained):
-    state = checkpoint.load(trained)
-    other = {**state, 'model': {k: v.clone() for k, v in state['model'].items()}}
-    next(iter(other['model'].values())).view(-1)[0] += 1e-7 + 1
-    assert differences(state, other) and not differences(state, torch.load(trained, weights_only=True))
+@pytest.mark.parametrize('read, fault', [
+    (lambda path: path.read_bytes(), 'something else was loaded'),
+    (lambda path: json.loads(path.read_text(encoding='utf-8')), 'Error')])
+def test_negative_control_a_reader_that_checks_too_little_is_noticed(workdir, read, fault):
+    path = workdir / 'data' / 'tiny' / 'meta.json'
+    original = read(path)
+    with pytest.raises(AssertionError, match=fault):
+        fuzz(path, [(0, path.stat().st_size)], lambda: read(path), lambda found: found == original, 60, seed=2)
+
+
+def test_negative_control_a_wrong_weight_is_noticed():
+    state, other = ({'model': {'w': torch.ones(3, 2)}, 'iter_num': 1} for _ in range(2))
+    assert not differences(state, other)
+    other['model']['w'][2, 1] += 1e-6
+    assert differences(state, other) == ['/model/w']

@@ -1,4 +1,4 @@
-"""Adapters: only they train, the base stays as it was to the bit, and merging them changes nothing that is computed."""
+"""lib/weights/lora.py: only adapters are trained, the base weights stay unchanged, merging changes no logits."""
 import copy
 import json
 import string
@@ -21,7 +21,7 @@ def load(path):
 
 
 def adapted(rank=3, seed=0, trained=True):
-    """Return (GPT with adapters, the same before it got them); trained: the adapters do something."""
+    """Return (GPT with adapters, the same GPT without); trained: whether the adapters change its output."""
     torch.manual_seed(seed)
     base = GPT(GPTConfig(**CONFIG))
     model = copy.deepcopy(base)
@@ -36,15 +36,15 @@ def adapted(rank=3, seed=0, trained=True):
 def logits(model):
     idx = torch.randint(16, (2, 8), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        return model.eval()(idx, idx)[0]
+        return model.eval()(idx, idx, return_logits=True)[0]
 
 
-def test_an_adapted_model_begins_as_its_base():
+def test_an_untrained_adapter_does_not_change_the_logits():
     model, base = adapted(trained=False)
     assert torch.equal(logits(model), logits(base))
 
 
-def test_the_merged_model_computes_what_the_adapted_one_does():
+def test_the_merged_model_has_the_logits_of_the_adapted_one():
     model, base = adapted()
     merged = GPT(GPTConfig(**CONFIG))
     merged.load_state_dict(lora.merged(model.state_dict()))
@@ -52,7 +52,7 @@ def test_the_merged_model_computes_what_the_adapted_one_does():
     torch.testing.assert_close(logits(merged), logits(model), rtol=0, atol=1e-5)
 
 
-def test_adapters_multiply_in_the_dtype_that_the_model_is_told():
+def test_adapters_compute_in_the_dtype_of_the_model():
     model, _ = adapted()
     exact = logits(model)
     model.set_compute_dtype(torch.bfloat16)
@@ -69,7 +69,7 @@ def test_every_matrix_of_the_blocks_and_nothing_else_gets_an_adapter():
     assert sum(p.numel() for p in trained.values()) == sum(3 * sum(p.shape) for p in matrices)
 
 
-def test_adapting_takes_no_second_copy_of_the_weights():
+def test_adapting_does_not_copy_the_weights():
     torch.manual_seed(0)
     model = GPT(GPTConfig(**CONFIG))
     before = {name: p.data_ptr() for name, p in model.named_parameters()}
@@ -95,7 +95,7 @@ def lora_flags(folder):
     return [*shape, f'--init_from={folder}', '--lora_rank=2', '--learning_rate=3e-3']
 
 
-def test_training_leaves_the_base_unchanged_to_the_bit_and_lowers_the_loss(run, folder):
+def test_training_lowers_the_loss_and_leaves_the_base_weights_unchanged(run, folder):
     done = run('train.py', *lora_flags(folder))
     assert done.status == 0, done.err
     last, base = load('out/last.pt'), gpt2.find(folder).load().state_dict()
@@ -121,7 +121,7 @@ def test_the_checkpoint_to_use_is_an_ordinary_model(run, folder):
     assert done.status == 0, done.err
 
 
-def test_resuming_adapters_equals_not_stopping_bit_for_bit(run, folder):
+def test_resuming_adapters_is_exact(run, folder):
     flags = [*lora_flags(folder), '--dropout=0.2', '--decay_lr=False']
     run('train.py', *flags, '--out_dir=whole')
     run('train.py', *flags, '--out_dir=halves', '--max_iters=3')
@@ -143,7 +143,7 @@ def test_adapters_on_an_untrained_model_are_refused(run, workdir):
     assert done.status == 2 and 'lora_rank adapts a trained model' in done.last_error
 
 
-def test_adapters_train_with_activation_checkpointing_alike():
+def test_activation_checkpointing_does_not_change_the_gradients():
     found = []
     for on in (False, True):
         model, _ = adapted()

@@ -302,5 +302,5 @@ def test_an_impossible_model_is_refused_with_the_numbers(wrong, message):
 
 
 def test_uninitialized_builds_in_the_dtype_and_leaves_torchs_default():
-    net = GPT.uninitialized(GPTConfig(12, 20, 1, 2, 16), torch.bfloat16)
+    net = gpt2.uninitialized(GPTConfig(12, 20, 1, 2, 16), torch.bfloat16)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32

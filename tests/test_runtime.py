@@ -1,95 +1,67 @@
-"""lib/machine/runtime.py: device rules, peaks, signals and random states."""
+"""lib/machine/runtime.py: start, the clock, torch.compile, random states and signals."""
 import os
 import signal
+import time
 
 import pytest
 import torch
+from conftest import TINY
+from kit import REPO, differences, load, python, trained_part
 
-from configurator import Settings
+from configurator import Settings, UserError
 from lib.machine import runtime
 from lib.machine.runtime import Runtime, Signals
+from lib.text import dataset
+from lib.weights import checkpoint
+
+FLAGS = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=100', '--lr_decay_iters=6']
 
 
 def cpu(**more):
-    return Runtime(torch.device('cpu'), torch.float32, **{'compile': False, 'why': '', **more})
+    return Runtime(torch.device('cpu'), torch.float32, **{'compile': False, 'description': '', **more})
 
 
-def fake_cuda(monkeypatch, capability, name='NVIDIA X', hip=None):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
-    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: capability)
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device=None: name)
-    monkeypatch.setattr(torch.version, 'hip', hip)
+def settings(**values):
+    s = Settings({'device': 'cpu', 'dtype': 'auto', 'compile': True, 'seed': 1, 'backend': 'nccl', 'dist_timeout': 60.0,
+                  **values})
+    s.origins.update({name: f'--{name}' for name in values})
+    return s
 
 
-@pytest.mark.parametrize('capability, dtype', [((9, 0), 'bfloat16'), ((8, 0), 'bfloat16'), ((7, 5), 'float16'),
-                                               ((7, 0), 'float16'), ((6, 1), 'float32'), ((5, 2), 'float32')])
-def test_bf16_is_chosen_only_where_it_is_native(monkeypatch, capability, dtype):
-    fake_cuda(monkeypatch, capability)
-    assert runtime.pick_dtype(torch.device('cuda'))[0] == dtype
+def test_a_cpu_compiles_only_if_asked_to():
+    assert not runtime.start(settings()).compile and runtime.start(settings(compile=True)).compile
 
 
-def test_amd_gpus_take_bf16(monkeypatch):
-    fake_cuda(monkeypatch, (9, 4), hip='6.2')
-    assert runtime.pick_dtype(torch.device('cuda'))[0] == 'bfloat16'
+def test_an_explicit_dtype_wins():
+    assert runtime.start(settings(dtype='float32')).dtype == torch.float32
+    assert 'as asked' in runtime.start(settings(dtype='float32')).description
 
 
-def test_mps_takes_float32():
-    assert runtime.pick_dtype(torch.device('mps'))[0] == 'float32'
-
-
-@pytest.mark.parametrize('has_cuda, has_mps, device', [(True, False, 'cuda'), (False, True, 'mps'),
-                                                       (False, False, 'cpu'), (True, True, 'cuda')])
-def test_the_best_device_is_picked(monkeypatch, has_cuda, has_mps, device):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_cuda)
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: has_mps)
-    assert runtime.pick_device() == device
-
-
-@pytest.mark.parametrize('name, told', [('cuda', 'no CUDA here'), ('cuda:1', 'no CUDA here'), ('mps', 'no MPS here'),
-                                        ('gpu', 'expected cpu'), ('', 'expected cpu'), ('cpu', '')])
-def test_a_device_that_is_not_there_is_told(monkeypatch, name, told):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
-    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
-    problem = runtime.device_problem(name)
-    assert told in problem and bool(told) == bool(problem)
-
-
-@pytest.mark.parametrize('name, half, full', [
-    ('NVIDIA A100-SXM4-80GB', 312, 19.5), ('NVIDIA H100 80GB HBM3', 989, 67), ('NVIDIA H100 PCIe', 756, 51),
-    ('NVIDIA H200', 989, 67), ('NVIDIA L4', 121, 30.3), ('NVIDIA L40S', 362, 91.6), ('Tesla T4', 65, 8.1),
-    ('NVIDIA GeForce RTX 4070 Ti SUPER', 88.2, 44.1), ('NVIDIA GeForce RTX 4070', 58.3, 29.1),
-    ('NVIDIA GeForce GTX 1060 6GB', 4.4, 4.4), ('AMD Instinct MI300X', 1307, 163.4), ('NVIDIA A10G', 70, 35)])
-def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, half, full):
-    fake_cuda(monkeypatch, (8, 0), name)
-    for dtype, peak in ((torch.bfloat16, half), (torch.float32, full)):
-        rt = Runtime(torch.device('cuda'), dtype, False, '')
-        assert runtime.peak_flops(rt) == peak * 1e12
-
-
-def test_peak_tflops_overrides_the_table():
-    assert runtime.peak_flops(cpu(), 2.5) == 2.5e12
-
-
-def test_an_unknown_machine_is_measured():
-    assert 1e8 < runtime.peak_flops(cpu()) < 1e14
-
-
-def test_measuring_leaves_the_random_state_alone():
-    before = torch.get_rng_state()
-    runtime.measured_flops(torch.device('cpu'), torch.float32)
-    assert torch.equal(torch.get_rng_state(), before)
+def test_start_gives_cuda_an_index(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append, raising=False)
+    monkeypatch.setattr(runtime, 'pick_dtype', lambda device: ('float32', 'stand-in'))
+    chosen_settings = Settings({'device': 'cuda', 'dtype': 'float32', 'compile': False, 'seed': 1})
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
+    assert runtime.start(chosen_settings).device == torch.device('cuda', 0) and chosen == [0]
 
 
 def test_a_compile_that_fails_falls_back_with_one_line(monkeypatch, capfd):
-    net = torch.nn.Linear(2, 2)
+    model = torch.nn.Linear(2, 2)
 
     def broken(model):
         raise RuntimeError('no C++ compiler\nand forty more lines')
     monkeypatch.setattr(torch, 'compile', lambda model, dynamic: model)
     state = torch.get_rng_state()
-    fast = runtime.compile_or_fall_back(net, cpu(compile=True), False, lambda m: (torch.rand(1), broken(m)))
-    assert fast is net and torch.equal(torch.get_rng_state(), state)
-    assert capfd.readouterr().err == 'compile failed (RuntimeError: no C++ compiler); going on without it\n'
+    fast = runtime.compile_or_fall_back(model, cpu(compile=True), False, lambda m: (torch.rand(1), broken(m)))
+    assert fast is model and torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr().err == 'compile failed (RuntimeError: no C++ compiler); continuing without it\n'
+
+
+def test_a_compile_that_was_asked_for_and_fails_is_an_error(monkeypatch):
+    monkeypatch.setattr(torch, 'compile', lambda model, dynamic: model)
+    with pytest.raises(UserError, match=r'compile=True: .*ZeroDivisionError: division by zero\); leave it out'):
+        runtime.compile_or_fall_back(torch.nn.Linear(2, 2), cpu(compile=True), True, lambda model: 1 / 0)
 
 
 def test_random_states_of_a_checkpoint_are_restored():
@@ -101,6 +73,63 @@ def test_random_states_of_a_checkpoint_are_restored():
 def test_missing_random_states_are_reported(states):
     assert cpu().set_rng_state(states) is False
 
+
+def test_with_one_process_reducing_returns_the_numbers():
+    rt = cpu()
+    assert rt.all_reduce_max(1, 2.5) == (1, 2.5) and rt.all_reduce_sum(3) == (3,) and rt.is_master
+
+
+def test_a_delayed_reader_reads_at_once_on_a_cpu():
+    assert runtime.DelayedReader(cpu())(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
+
+
+# The clock
+
+def test_minutes_running_begin_with_the_process_and_not_with_the_import():
+    child = python('import time; time.sleep(0.6)\n'
+                   'from lib.machine import runtime\nprint(60 * runtime.minutes_running())')
+    began = time.monotonic()
+    out, err = child.communicate()
+    assert 0.6 <= float(out) <= time.monotonic() - began + 0.3, err  # the start is known to a hundredth of a second
+
+
+def test_minutes_running_advance_as_time_does():
+    before = runtime.minutes_running()
+    time.sleep(0.06)
+    assert 0.001 <= runtime.minutes_running() - before < 0.1
+
+
+@pytest.mark.parametrize('hours', [1, -1])
+def test_a_wall_clock_that_jumps_changes_no_minutes(monkeypatch, hours):
+    before, real = runtime.minutes_running(), time.time
+    monkeypatch.setattr(time, 'time', lambda: real() + 3600 * hours)
+    assert 0 <= runtime.minutes_running() - before < 0.1
+
+
+@pytest.mark.parametrize('stat', ['', 'rubbish', '1 (a) b) ' + '0 ' * 19 + '99999999999999'])
+def test_a_system_that_does_not_tell_the_age_of_a_process_counts_from_the_import(monkeypatch, tmp_path, stat):
+    (tmp_path / 'stat').write_text(stat, encoding='utf-8')
+    monkeypatch.setattr('builtins.open', lambda *args, real=open, **more: real(tmp_path / 'stat', encoding='utf-8'))
+    assert runtime._age() == 0.0
+
+
+# Threads
+
+@pytest.mark.parametrize('variable, threads', [(None, 1), ('OMP_NUM_THREADS', 2), ('MKL_NUM_THREADS', 2)])
+def test_torch_uses_no_more_threads_than_the_container_allows_unless_asked(monkeypatch, variable, threads):
+    for name in ('OMP_NUM_THREADS', 'MKL_NUM_THREADS'):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, '2')
+    chosen = [2]
+    monkeypatch.setattr(torch, 'get_num_threads', lambda: chosen[-1])
+    monkeypatch.setattr(torch, 'set_num_threads', chosen.append)
+    monkeypatch.setattr(runtime, 'usable_cpus', lambda: 1)
+    runtime.start(settings())
+    assert chosen[-1] == threads
+
+
+# Signals
 
 def send(number):
     os.kill(os.getpid(), number)
@@ -116,7 +145,7 @@ def test_a_signal_is_remembered_and_the_handlers_come_back(name):
     assert signal.getsignal(number) == before
 
 
-def test_the_most_urgent_signal_counts():
+def test_the_most_urgent_signal_is_remembered():
     with Signals() as signals:
         send(signal.SIGTERM)
         send(signal.SIGUSR1)
@@ -136,60 +165,96 @@ def test_outside_the_main_thread_no_signal_is_caught_and_nothing_breaks(monkeypa
         assert signals.level == 0
 
 
-def test_the_start_of_the_process_is_before_now():
-    import time
-    assert 0 < time.time() - runtime.process_start() < 86400
+# Faults
+
+@pytest.fixture
+def signal_at(monkeypatch):
+    """signal_at(number, batch) sends this process a signal while it reads that training batch, counted from 0."""
+    def install(number, batch_number):
+        real, calls = dataset.Split.batch, []
+
+        def batch(self, *args):
+            if torch.is_grad_enabled():
+                calls.append(0)
+                if len(calls) == batch_number + 1:
+                    os.kill(os.getpid(), number)
+            return real(self, *args)
+        monkeypatch.setattr(dataset.Split, 'batch', batch)
+    return install
 
 
-def settings(**values):
-    s = Settings({'device': 'cpu', 'dtype': 'auto', 'compile': True, 'seed': 1, 'backend': 'nccl', 'dist_timeout': 60.0,
-                  **values})
-    s.origins.update({name: f'--{name}' for name in values})
-    return s
+UNINTERRUPTED = []
 
 
-def test_on_cpu_nothing_is_compiled_unless_asked():
-    assert not runtime.start(settings()).compile and runtime.start(settings(compile=True)).compile
+def uninterrupted(run):
+    """Return what must be equal to a run without signals, which is trained once."""
+    if not UNINTERRUPTED:
+        run('train.py', *FLAGS, '--out_dir=whole')
+        UNINTERRUPTED.append(trained_part(load('whole/last.pt')))
+    return UNINTERRUPTED[0]
 
 
-def test_float32_products_follow_what_was_asked_for():
-    assert runtime.start(settings(dtype='float32')).dtype == torch.float32
-    assert 'as asked' in runtime.start(settings(dtype='float32')).why
+@pytest.mark.parametrize('name, status', [('SIGTERM', 143), ('SIGINT', 130)])
+def test_term_and_int_finish_the_step_save_and_resume_exactly(run, workdir, signal_at, name, status):  # faults 43, 47
+    expected = uninterrupted(run)
+    signal_at(getattr(signal, name), 5)  # in the third update of two micro-steps
+    done = run('train.py', *FLAGS)
+    assert done.status == status and f'{name}: saved iter 3 to out' in done.out and '--init_from=resume' in done.out
+    assert load('out/last.pt')['iter_num'] == load('out/ckpt.pt')['iter_num'] == 3
+    run('train.py', *FLAGS, '--init_from=resume')
+    assert differences(expected, trained_part(load('out/last.pt'))) == []
 
 
-def test_the_cpu_takes_bfloat16_only_where_it_has_the_instructions(monkeypatch):
-    for native, name in ((True, 'bfloat16'), (False, 'float32')):
-        monkeypatch.setattr(runtime, 'native_bf16', lambda native=native: native)
-        assert runtime.pick_dtype(torch.device('cpu'))[0] == name
+def test_usr1_saves_and_training_goes_on_unchanged(run, workdir, signal_at):  # fault 48
+    expected = uninterrupted(run)
+    signal_at(signal.SIGUSR1, 5)
+    done = run('train.py', *FLAGS)
+    assert done.status == 0 and 'SIGUSR1: saved iter 3 to out' in done.out
+    assert load('out/last.prev.pt')['iter_num'] == 3
+    assert differences(expected, trained_part(load('out/last.pt'))) == []
 
 
-def test_one_process_agrees_with_itself():
-    rt = cpu()
-    assert rt.maximum(1, 2.5) == (1, 2.5) and rt.total(3) == (3,) and rt.master
+def test_a_signal_during_a_save_lets_it_finish(run, workdir, monkeypatch):  # fault 46
+    real, calls = os.fsync, []
+
+    def fsync(fd):
+        calls.append(fd)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(fd)
+    monkeypatch.setattr(os, 'fsync', fsync)
+    done = run('train.py', *FLAGS)
+    assert done.status == 143
+    assert [checkpoint.load(f'out/{name}')['iter_num'] for name in ('last.prev.pt', 'last.pt')] == [0, 1]
+    assert not list((workdir / 'out').glob('*.tmp.*'))
 
 
-def test_late_reads_at_once_on_a_cpu():
-    assert runtime.Late(cpu())(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
+def test_a_save_on_a_signal_that_fails_is_an_error(run, workdir, signal_at, monkeypatch):  # fault 2
+    run('train.py', *FLAGS, '--max_iters=1')
+    monkeypatch.setattr(torch, 'save', lambda *args: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
+    signal_at(signal.SIGTERM, 3)
+    done = run('train.py', *FLAGS, '--init_from=resume')
+    assert done.status == 1 and 'could not write out/last.pt' in done.last_error
+    assert checkpoint.load('out/last.pt')['iter_num'] == 1
 
 
-def test_nothing_cuda_only_is_called_outside_the_runtime():
-    from kit import REPO
-    for path in (*REPO.glob('*.py'), *(p for p in REPO.glob('lib/*.py') if p.name != 'runtime.py')):
-        text = path.read_text(encoding='utf-8')
-        assert 'torch.cuda.' not in text or path.name == 'timed.py', path  # bench's, which asks first
+TWICE = """
+import os, runpy, signal, sys
+from lib.text import dataset
+real, calls = dataset.Split.batch, []
+def batch(self, *args):
+    calls.append(0)
+    if len(calls) in (7, 8):
+        os.kill(os.getpid(), signal.SIGINT)
+    return real(self, *args)
+dataset.Split.batch = batch
+sys.argv[0] = 'train.py'
+runpy.run_path(sys.argv.pop(1), run_name='__main__')
+"""
 
 
-def test_start_gives_cuda_an_index(monkeypatch):
-    chosen = []
-    monkeypatch.setattr(torch._C, '_cuda_setDevice', chosen.append, raising=False)
-    monkeypatch.setattr(runtime, 'pick_dtype', lambda device: ('float32', 'stand-in'))
-    settings = Settings({'device': 'cuda', 'dtype': 'float32', 'compile': False, 'seed': 1})
-    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
-    assert runtime.start(settings).device == torch.device('cuda', 0) and chosen == [0]
-
-
-def test_another_card_whose_name_contains_a_known_one_is_not_taken_for_it(monkeypatch):
-    monkeypatch.setattr(torch.cuda, 'get_device_name', lambda device: 'NVIDIA RTX A1000')
-    monkeypatch.setattr(runtime, 'measured_flops', lambda device, dtype: 7.0)
-    rt = runtime.Runtime(torch.device('cuda', 0), torch.float32, False, '')
-    assert runtime.peak_flops(rt) == 7.0
+def test_a_second_interrupt_quits_at_once_and_the_last_save_is_whole(run, workdir):  # fault 47
+    child = python(TWICE, REPO / 'train.py', *FLAGS, '--gradient_accumulation_steps=9', cwd=workdir)
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == -signal.SIGINT and 'press Ctrl-C again to quit without saving' in err
+    assert checkpoint.load(workdir / 'out' / 'last.pt')['iter_num'] == 0

@@ -1,21 +1,15 @@
-"""lib/text/tokenizer.py: round trips on hostile text, where BPE text may be cut, specs, messages."""
+"""lib/text/tokenizer.py: round trips of hostile text, places where BPE text may be split, specs, messages."""
 import json
-import os
-import pickle
 import random
 import re
-from pathlib import Path
+import sys
 
 import pytest
 import torch
+from textkit import have_gpt2, skip_without_gpt2
 
-from configurator import REPO
 from lib.text import tokenizer
-from lib.text.data_folder import from_nanogpt_meta
-from lib.text.tokenizer import SAFE_SPLIT, CharTokenizer, TextError, from_spec, train_bpe
-
-if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
-    os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared))
+from lib.text.tokenizer import SAFE_SPLIT, ByteTokenizer, CharTokenizer, TextError, from_spec, train_bpe
 
 PLANES = ''.join(chr(plane << 16 | low) for plane in range(17) for low in (0x20, 0x61, 0x4E00, 0xD7FF, 0xFFFD, 0xFFFF))
 HOSTILE = {
@@ -27,84 +21,76 @@ HOSTILE = {
     'right to left': 'שלום עולם\u200f مرحبا 123',
     'controls': ''.join(map(chr, range(32))) + '\x7f\x85',
     'all planes': PLANES,
-    'spells out the mark': 'a<|endoftext|>b <|endoftext|>',
+    'spells out end-of-text': 'a<|endoftext|>b <|endoftext|>',
     'spaces': '   \t\n  \n\n   ',
     'Chinese': '人之初，性本善。',
     'no newline': '天地玄黄，宇宙洪荒' * 2000,
 }
 
 
-def have_gpt2():
-    try:
-        tokenizer.gpt2().encode('')
-    except SystemExit:
-        return False
-    return True
-
-
 @pytest.fixture(scope='module', params=['char', 'byte', 'bpe', 'gpt2'])
-def coder(request):
+def any_kind(request):
     if request.param == 'char':
         return CharTokenizer(''.join(sorted(set(''.join(HOSTILE.values())))))
     if request.param == 'bpe':
         return train_bpe(['the cat sat on the mat. ' * 50, '性相近，习相远' * 20], 300)
     if request.param == 'gpt2' and not have_gpt2():
-        pytest.skip('GPT-2 BPE files are not on this machine')
+        pytest.skip("GPT-2's BPE file is not on this machine")
     return from_spec({'kind': request.param})
 
 
 @pytest.mark.parametrize('name', HOSTILE)
-def test_decoding_what_was_encoded_gives_the_text_back(coder, name):
-    assert coder.decode(coder.encode(HOSTILE[name])) == HOSTILE[name]
+def test_decoding_what_was_encoded_gives_the_text_back(any_kind, name):
+    assert any_kind.decode(any_kind.encode(HOSTILE[name])) == HOSTILE[name]
 
 
 @pytest.mark.parametrize('name', HOSTILE)
-def test_packing_gives_the_ids_of_encode(coder, name):
-    assert coder.encode_documents([(HOSTILE[name], False)]).tolist() == coder.encode(HOSTILE[name])
+def test_encode_documents_gives_the_ids_of_encode(any_kind, name):
+    assert any_kind.encode_documents([(HOSTILE[name], False)]).tolist() == any_kind.encode(HOSTILE[name])
 
 
-def test_packing_puts_one_mark_after_each_document(coder):
+def test_encode_documents_puts_one_separator_after_each_document(any_kind):
     texts = ['one', 'two<|endoftext|>', ' three\n', '<|endof', 'text|>']
-    if coder.kind == 'char':
-        coder = CharTokenizer(''.join(sorted(set('\n' + ''.join(texts)))))
-    mark = [coder.eot] if coder.eot is not None else coder.encode('\n')
-    expected = [i for text in texts for i in coder.encode(text) + mark]
-    assert coder.encode_documents([(text, True) for text in texts]).tolist() == expected
+    if any_kind.kind == 'char':
+        any_kind = CharTokenizer(''.join(sorted(set('\n' + ''.join(texts)))))
+    separator = [any_kind.eot] if any_kind.eot is not None else any_kind.encode('\n')
+    expected = [i for text in texts for i in any_kind.encode(text) + separator]
+    assert any_kind.encode_documents([(text, True) for text in texts]).tolist() == expected
 
 
-def test_ten_megabytes_without_a_newline_come_back(coder):
-    text = '天地玄黄，宇宙洪荒' * 400_000
-    assert coder.decode(coder.encode_documents([(text, False)])) == text
+def test_a_million_characters_without_a_newline_are_decoded_unchanged(any_kind):
+    text = '天地玄黄，宇宙洪荒' * 120_000  # more than the million steps at which tiktoken's regular expressions give up
+    assert any_kind.decode(any_kind.encode_documents([(text, False)])) == text
 
 
 def test_an_end_of_text_typed_by_a_user_is_plain_text():
-    coder = train_bpe(['abc'], 257)
-    assert coder.eot not in coder.encode('<|endoftext|>')
+    bpe = train_bpe(['abc'], 257)
+    assert bpe.eot not in bpe.encode('<|endoftext|>')
 
 
-def test_a_lone_surrogate_is_refused_by_name(coder):
+def test_a_lone_surrogate_is_refused_with_its_position(any_kind):
     with pytest.raises(TextError, match=r'lone surrogate U\+D800 at character 1 is not text'):
-        coder.encode('a\ud800b')
+        any_kind.encode('a\ud800b')
 
 
-def test_ids_that_are_no_utf8_become_replacement_characters():
-    coder = from_spec({'kind': 'byte'})
-    assert coder.decode([0xE4, 0xBA, 65]) == '\ufffdA' and coder.decode_bytes([0xE4, 0xBA]) == b'\xe4\xba'
+def test_ids_that_are_not_utf8_become_replacement_characters():
+    assert ByteTokenizer().decode([0xE4, 0xBA, 65]) == '\ufffdA'
+    assert ByteTokenizer().decode_bytes([0xE4, 0xBA]) == b'\xe4\xba'
 
 
-def test_an_id_outside_the_vocabulary_is_named(coder):
-    with pytest.raises(TextError, match=f'token id {coder.vocab_size} is outside the vocabulary'):
-        coder.decode([0, coder.vocab_size])
+def test_an_id_outside_the_vocabulary_is_refused(any_kind):
+    with pytest.raises(TextError, match=f'token id {any_kind.vocab_size} is outside the vocabulary'):
+        any_kind.decode([0, any_kind.vocab_size])
 
 
-def test_a_spec_survives_json_and_makes_the_same_tokenizer(coder):
-    again = from_spec(json.loads(json.dumps(coder.spec)))
-    assert again.encode('a') == coder.encode('a') and again.vocab_size == coder.vocab_size
+def test_a_spec_survives_json_and_makes_the_same_tokenizer(any_kind):
+    again = from_spec(json.loads(json.dumps(any_kind.spec)))
+    assert again.encode('a') == any_kind.encode('a') and again.vocab_size == any_kind.vocab_size
 
 
-def test_a_spec_survives_a_checkpoint_that_allows_only_plain_values(coder, tmp_path):
-    torch.save({'tokenizer': coder.spec}, tmp_path / 'ckpt.pt')
-    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['tokenizer'] == coder.spec
+def test_a_spec_survives_a_checkpoint_that_allows_only_plain_values(any_kind, tmp_path):
+    torch.save({'tokenizer': any_kind.spec}, tmp_path / 'ckpt.pt')
+    assert torch.load(tmp_path / 'ckpt.pt', weights_only=True)['tokenizer'] == any_kind.spec
 
 
 def test_an_unknown_kind_is_refused():
@@ -117,9 +103,12 @@ def test_an_unknown_kind_is_refused():
     ('：，人', ':', r"vocabulary; it has '：' \(U\+FF1A\)$"),
     ('abc:', '：', r"it has ':' \(U\+003A\)$"),
     ('。', '.', r"it has '。' \(U\+3002\)$"),
+    ('a 。', '\u3000', r"it has ' ' \(U\+0020\)$"),
+    ('a\u3000', ' ', r"it has '\u3000' \(U\+3000\)$"),
     ('abc', '\x07', r'^character U\+0007 is not'),
+    ('hijk', 'ĳ', r'4-character vocabulary$'),  # NFKC makes two characters of it
 ])
-def test_an_unknown_character_is_named_with_the_twin_that_is_known(chars, text, message):
+def test_an_unknown_character_is_reported_with_a_similar_one_that_is_known(chars, text, message):
     with pytest.raises(ValueError) as caught:
         CharTokenizer(chars).encode(text)
     assert re.search(message, caught.value.message)
@@ -131,20 +120,36 @@ def test_characters_begin_with_a_newline_or_the_first_id(chars, start):
 
 
 def test_bpe_begins_with_end_of_text():
-    coder = train_bpe(['abc'], 257)
-    assert coder.start_ids == [coder.eot] == [256]
+    bpe = train_bpe(['abc'], 257)
+    assert bpe.start_ids == [bpe.eot] == [256]
 
 
-# Cutting
+@pytest.mark.parametrize('n_chars, dtype', [(1 << 16, '<u2'), ((1 << 16) + 1, '<u4')])
+def test_65536_ids_fit_uint16_and_more_need_uint32(n_chars, dtype):
+    codes = [*range(0xD800), *range(0xE000, 0x11000)][:n_chars]
+    assert CharTokenizer(''.join(map(chr, codes))).dtype == dtype
+
+
+@pytest.mark.parametrize('data, model, reason', [
+    ({'kind': 'byte'}, {'kind': 'gpt2'}, "its tokenizer is byte, the model's is gpt2"),
+    ({'kind': 'bpe', 'tokens': ['a']}, {'kind': 'bpe', 'tokens': ['b']}, 'both have a BPE, but not the same one'),
+    ({'kind': 'char', 'chars': 'abcdef'}, {'kind': 'char', 'chars': 'ab'},
+     "it has characters that the model was not trained on ('c', 'd', 'e' and 1 more)"),
+    ({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'abc'},
+     'it has 2 different characters, the model 3, so their ids differ')])
+def test_a_mismatch_of_two_tokenizers_is_described(data, model, reason):
+    assert tokenizer.describe_mismatch(data, model) == reason
+
+
+# Splitting
 
 NASTY = ["'", "'s", "'ll", 'a', 'é', '人', '７', '9', '½', '_', ' ', '  ', '\n', '\r\n', '\t', '\x1c', '\x85', '\xa0',
          '\u3000', '\u2028', '\u180e', '\u200d', '\u0301', '，', '。', ',', '.', '!', ')', '”', '👩', '\U0001f3fd',
          'ǅ', 'ª', '\ufeff']
 
 
-def test_gpt2s_tokenizer_is_tiktokens():
-    if not have_gpt2():
-        pytest.skip("GPT-2's BPE file is not here")
+def test_gpt2s_tokenizer_is_that_of_tiktoken():
+    skip_without_gpt2()
     ours, theirs = tokenizer.gpt2()._encoding, pytest.importorskip('tiktoken').get_encoding('gpt2')
     for part in ('_mergeable_ranks', '_special_tokens', '_pat_str'):
         assert getattr(ours, part) == getattr(theirs, part)
@@ -152,55 +157,58 @@ def test_gpt2s_tokenizer_is_tiktokens():
 
 @pytest.fixture(scope='module', params=['gpt2', 'bpe'])
 def merger(request):
-    """A BPE that merges what must not be torn: GPT-2's, or one that was raised on runs of anything."""
+    """A BPE with merges across every kind of character: GPT-2's, or one trained on runs of arbitrary characters."""
     if request.param == 'gpt2':
-        if not have_gpt2():
-            pytest.skip('GPT-2 BPE files are not on this machine')
+        skip_without_gpt2()
         return tokenizer.gpt2()
     rng = random.Random(0)
     return train_bpe([rng.choice(NASTY) * rng.randrange(1, 5) + rng.choice(NASTY) for _ in range(20_000)], 600)
 
 
-@pytest.mark.parametrize('seed', range(40))
-def test_cutting_at_any_safe_place_changes_no_id(merger, seed):
-    coder, rng = merger, random.Random(seed)
-    text = ''.join(rng.choices(NASTY, k=300))
-    whole = coder.encode(text)
-    places = [match.end() for match in SAFE_SPLIT.finditer(text)]
-    assert places
-    for at in places:
-        assert coder.encode(text[:at]) + coder.encode(text[at:]) == whole, (at, text[at - 3:at + 3])
+def test_splitting_at_any_safe_place_changes_no_id(merger):
+    for seed in range(40):
+        text = ''.join(random.Random(seed).choices(NASTY, k=300))
+        whole = merger.encode(text)
+        places = [match.end() for match in SAFE_SPLIT.finditer(text)]
+        assert places
+        for at in places:
+            assert merger.encode(text[:at]) + merger.encode(text[at:]) == whole, (seed, at, text[at - 3:at + 3])
 
 
-@pytest.mark.parametrize('seed', range(40))
-def test_packing_splits_any_text_as_encode_does(merger, seed):
-    coder, rng = merger, random.Random(seed)
-    texts = [''.join(rng.choices(NASTY, k=rng.randrange(12))) for _ in range(60)]
-    expected = [i for text in texts for i in coder.encode(text) + [coder.eot]]
-    assert coder.encode_documents([(text, True) for text in texts]).tolist() == expected
+def test_encode_documents_gives_the_ids_of_encode_for_any_text(merger):
+    for seed in range(40):
+        rng = random.Random(seed)
+        texts = [''.join(rng.choices(NASTY, k=rng.randrange(12))) for _ in range(60)]
+        expected = [i for text in texts for i in merger.encode(text) + [merger.eot]]
+        assert merger.encode_documents([(text, True) for text in texts]).tolist() == expected, seed
 
 
-@pytest.mark.parametrize('kept', [tokenizer.CUT, tokenizer.END])
-def test_packing_takes_its_own_marks_for_text_where_a_text_holds_them(merger, kept):
-    texts = [f'a  b{kept}c \n', '  d']
+@pytest.mark.parametrize('reserved', [tokenizer.CUT, tokenizer.END])
+def test_the_two_reserved_characters_in_a_text_are_encoded_as_text(merger, reserved):
+    texts = [f'a  b{reserved}c \n', '  d']
     expected = [i for text in texts for i in merger.encode(text) + [merger.eot]]
     assert merger.encode_documents([(text, True) for text in texts]).tolist() == expected
 
 
-def test_a_text_without_a_safe_place_is_not_cut():
+def test_a_text_without_a_safe_place_is_not_split():
     assert train_bpe(['a'], 257).safe_split('a' * 1000, 500) == -1
 
 
-def test_a_cut_is_found_at_or_after_the_place_asked_for():
-    assert train_bpe(['a'], 257).safe_split('one two three', 4) == 7
+def test_the_first_safe_place_at_or_after_the_start_is_found():
+    bpe = train_bpe(['a'], 257)
+    assert [bpe.safe_split('one two three', start) for start in (3, 4, 7, 8)] == [3, 7, 7, -1]
+
+
+def test_characters_and_bytes_may_be_split_anywhere():
+    assert CharTokenizer('ab').safe_split('abab', 3) == ByteTokenizer().safe_split('abab', 3) == 3
 
 
 # A trained BPE
 
-def test_a_trained_bpe_has_the_size_asked_for_and_pays():
+def test_a_trained_bpe_has_the_requested_size_and_shortens_the_text():
     text = 'the quick brown fox jumps over the lazy dog and the cat sat on the mat\n' * 20
-    coder = train_bpe([text], 290)
-    assert coder.vocab_size == 290 and len(coder.encode(text)) < len(text) / 2
+    bpe = train_bpe([text], 290)
+    assert bpe.vocab_size == 290 and len(bpe.encode(text)) < len(text) / 2
 
 
 def test_training_is_deterministic():
@@ -213,32 +221,31 @@ def test_a_vocabulary_below_the_bytes_is_refused():
         train_bpe(['a'], 256)
 
 
-# nanoGPT's meta.pkl
+# Faults
 
-class Payload:
-    def __reduce__(self):
-        return os.mkdir, ('pwned',)
-
-
-def write_meta(folder, meta):
-    (Path(folder) / 'meta.pkl').write_bytes(pickle.dumps(meta))
+def test_without_tiktoken_the_error_says_what_to_install(monkeypatch):  # fault 77
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    with pytest.raises(SystemExit, match='pip install tiktoken'):
+        tokenizer.gpt2().encode('x')
 
 
-def test_nanogpts_character_table_is_read(tmp_path):
-    write_meta(tmp_path, {'vocab_size': 3, 'itos': {0: '\n', 1: 'b', 2: 'a'}, 'stoi': {'\n': 0, 'b': 1, 'a': 2}})
-    assert from_nanogpt_meta(tmp_path).encode('ab\n') == [2, 1, 0]
+def test_without_tokenizers_the_error_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tokenizers', None)
+    with pytest.raises(SystemExit, match='pip install tokenizers'):
+        train_bpe(['x'], 300)
 
 
-def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    write_meta(tmp_path, {'itos': Payload()})
-    with pytest.raises(TextError, match=r'meta.pkl refers to \w+.mkdir; refusing'):
-        from_nanogpt_meta(tmp_path)
-    assert not (tmp_path / 'pwned').exists()
+def test_if_gpt2s_file_cannot_be_downloaded_the_error_names_the_cache_folder(monkeypatch):
+    load = pytest.importorskip('tiktoken.load')
+
+    def refuse(*_):
+        raise ConnectionError('Name or service not known')
+    monkeypatch.setattr(load, 'read_file_cached', refuse)
+    with pytest.raises(SystemExit, match='TIKTOKEN_CACHE_DIR'):
+        tokenizer.gpt2().encode('x')
 
 
-@pytest.mark.parametrize('content', [b'', b'not a pickle', pickle.dumps([1, 2]), pickle.dumps({'itos': {1: 'a'}})])
-def test_a_meta_pkl_of_another_kind_is_refused(tmp_path, content):
-    (tmp_path / 'meta.pkl').write_bytes(content)
-    with pytest.raises(TextError, match="is not nanoGPT's character table"):
-        from_nanogpt_meta(tmp_path)
+def test_a_model_can_be_trained_on_gpt2s_ids_without_tiktoken(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'tiktoken', None)
+    gpt2 = from_spec({'kind': 'gpt2'})
+    assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)

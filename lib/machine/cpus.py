@@ -7,7 +7,7 @@ from pathlib import Path
 def usable_cpus():
     """Return how many CPUs this process may use: at least 1, at most its affinity and its container's quota allow."""
     affinity = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
-    return max(1, min(affinity, math.ceil(_cgroup_quota())))
+    return max(1, math.ceil(min(affinity, _cgroup_quota())))
 
 
 def _cgroup_quota(proc='/proc/self/cgroup', root='/sys/fs/cgroup'):

@@ -130,7 +130,7 @@ class Source:
         """
         config = self.config()
         config.dropout = dropout
-        model = GPT.uninitialized(config, dtype)
+        model = uninitialized(config, dtype)
         missing = dict(model.named_parameters())
         for path in self.files():
             for name, tensor in self._tensors(path):
@@ -165,6 +165,16 @@ class Source:
                 yield name, tensor
         except (SafetensorError, OSError) as error:
             raise self.error(f'{path} {_describe_damage(path, error)}; fetch it again') from None
+
+
+def uninitialized(config, dtype=torch.float32):
+    """Return a GPT whose weights, of `dtype`, are undefined; the caller fills them all."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return GPT(config, init=False)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def find(init_from):

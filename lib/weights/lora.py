@@ -1,8 +1,8 @@
-"""Low-rank adapters: fine-tuning with the matrices frozen, so that neither gradients nor optimizer state of them exist.
+"""Low-rank adapters: fine-tuning with the matrices frozen, so that they need no gradients and no optimizer state.
 
-train.py adapts a model when lora_rank is set. What a checkpoint in last.pt holds under `model` is then the untouched
-base weights and the adapters' `lora_a` and `lora_b`, all that resuming needs; ckpt.pt holds the merged model, an
-ordinary one. Nothing else knows of adapters, except that models.build puts them back.
+train.py adapts a model if lora_rank is set. In last.pt, `model` then holds the unchanged base weights and the adapters'
+`lora_a` and `lora_b`, which is what resuming needs. ckpt.pt holds the merged model, an ordinary GPT. No other file
+deals with adapters, except load_model, which adds them to a model before it loads such a checkpoint.
 """
 import torch
 import torch.nn as nn
@@ -10,18 +10,18 @@ import torch.nn.functional as F
 
 from model import Linear
 
-ALPHA = 32  # what an adapter adds is scaled by ALPHA / rank: the paper's value for GPT-2
+ALPHA = 32  # an adapter's output is scaled by ALPHA / rank; the paper's value for GPT-2
 
 
 class LoRALinear(Linear):
-    """x W^T + bias with W frozen, plus x A^T B^T of rank r that trains (Hu et al. 2021, arXiv:2106.09685)."""
+    """x W^T + bias with W frozen, plus a trained x A^T B^T of rank r (Hu et al. 2021, arXiv:2106.09685)."""
 
     def __init__(self, base, rank):
         super().__init__(base.in_features, base.out_features, bias=False, device='meta')
         self.weight, self.bias, self.scale = base.weight, base.bias, ALPHA / rank
         like = dict(device=base.weight.device)
         self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, **like) * base.in_features ** -0.5)
-        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # so it begins as the base does
+        self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # zeros: begins as the base
 
     def forward(self, x):
         x = x.to(self.compute_dtype or self.weight.dtype)
@@ -30,7 +30,7 @@ class LoRALinear(Linear):
 
 
 def adapt(model, rank):
-    """Freeze `model`, a GPT, and give every matrix in its blocks an adapter of this rank; only those train."""
+    """Freeze `model`, a GPT, and add a trainable adapter of this rank to every matrix in its blocks."""
     model.requires_grad_(False)
     for parent in list(model.transformer.h.modules()):
         for name, layer in list(parent.named_children()):
@@ -39,13 +39,13 @@ def adapt(model, rank):
 
 
 def rank_of(tensors):
-    """Return the rank of the adapters in a state dict, 0 where there are none."""
+    """Return the rank of the adapters in a state dict, 0 if it has none."""
     return next((len(tensor) for name, tensor in tensors.items() if name.endswith('.lora_a')), 0)
 
 
 @torch.no_grad()
 def merged(tensors):
-    """Return an adapted model's state dict as that of the plain GPT which computes the same; on the CPU."""
+    """Return the state dict, on the CPU, of the plain GPT that computes the same as the adapted model of `tensors`."""
     plain = {}
     for name, tensor in tensors.items():
         stem, _, leaf = name.rpartition('.')
