@@ -191,7 +191,8 @@ def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
         say('the last evaluation reads the whole validation split')
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
         record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
-    return log.step_line(p.iter_num, *losses, bpb), record
+    since_best = curves.evaluations_since_best(p.history)
+    return log.step_line(p.iter_num, *losses, bpb, since_best, patience), record
 
 
 def build_model(settings, data, resumed):
