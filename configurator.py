@@ -105,8 +105,7 @@ def find_path(path):
 
 
 def _did_you_mean(name, known):
-    prefixed = [other for other in known if other.startswith(name)]
-    similar = prefixed or difflib.get_close_matches(name, known, n=1)
+    similar = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f'; did you mean {similar[0]}?' if similar else '; --help lists them all'
 
 
@@ -115,14 +114,10 @@ def _coerce(text, default):
     kind = type(default)
     if kind is str:
         return text
-    if kind is bool:
-        if text.lower() not in BOOLS:
-            raise ValueError('True or False')
-        return BOOLS[text.lower()]
     try:
-        return kind(text.replace('_', ''))
-    except ValueError:
-        raise ValueError('a whole number' if kind is int else 'a number') from None
+        return BOOLS[text.lower()] if kind is bool else kind(text.replace('_', ''))
+    except (KeyError, ValueError):
+        raise ValueError({bool: 'True or False', int: 'a whole number', float: 'a number'}[kind]) from None
 
 
 def _parse(argv, settings, words):
@@ -224,8 +219,8 @@ def describe(source, values, doc=''):
     block of settings, which ends at the first function, a comment on a line by itself is a heading.
     """
     own = re.match(r'\s*"""(.*?)"""', source, re.S)
-    doc = doc or (own.group(1) if own else '')
-    lines, gap = [doc.strip(), '', 'Settings (--name=value):'] if doc else [], False
+    doc, gap = doc or (own.group(1) if own else ''), False
+    lines = [doc.strip(), '', 'Settings (--name=value):'] if doc else []
     for line in source.splitlines():
         if line.startswith(('def ', 'class ')):
             break
@@ -254,6 +249,12 @@ def _print_exception(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def literals(namespace):
+    """Return the settings among a script's globals: {name: int, float, bool or str}, without _names."""
+    return {name: value for name, value in namespace.items()
+            if not name.startswith('_') and type(value) in (int, float, bool, str)}
+
+
 def configure(namespace, argv=None, early=None, check=None, words=''):
     """Override the literals in `namespace` (a script's globals()) from `argv` and return the Settings.
 
@@ -262,8 +263,7 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     """
     argv = sys.argv[1:] if argv is None else argv
     console.protect()
-    defaults = {name: value for name, value in namespace.items()
-                if not name.startswith('_') and type(value) in (int, float, bool, str)}
+    defaults = literals(namespace)
     if '--help' in argv or '-h' in argv:
         print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults, namespace.get('__doc__')))
         raise SystemExit(0)

@@ -93,7 +93,7 @@ def precompute_rope(block_size, hs):
 def apply_rotary_emb(x, rope):
     """Rotate the pairs (i, i + hs / 2) of each head of x (B, T, nh, hs) by the angles in rope (2, T, hs)."""
     cos, sin = rope.to(x.dtype).unsqueeze(2)  # (T, 1, hs) each
-    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    return kernels.rotate(x, cos, sin)  # x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class KVCache:
@@ -154,11 +154,13 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
+        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
+        qk, v = qkv.split([2 * self.n_head, self.n_head], dim=2)  # (B, T, 2 nh, hs) and (B, T, nh, hs)
         if self.qk_norm is not None:
-            q, k = self.qk_norm(q), self.qk_norm(k)
+            qk = self.qk_norm(qk)
         if rope is not None:
-            q, k = apply_rotary_emb(q, rope), apply_rotary_emb(k, rope)
+            qk = apply_rotary_emb(qk, rope)
+        q, k = qk.chunk(2, dim=2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nh, S, hs)
@@ -272,7 +274,7 @@ class GPT(nn.Module):
             x = self._smear(x, cache)
         rope = None
         if self.rope is not None:
-            rope = self.rope[:, start:start + T]
+            rope = self.rope[:, start:start + T].to(self.dtype)
         else:
             x = x + self.transformer.wpe.weight[start:start + T]
         x = self.transformer.drop(x)
@@ -340,17 +342,6 @@ class GPT(nn.Module):
         """Return model FLOPs utilisation: the fraction of `peak_flops` (FLOP/s of the device) that training uses."""
         return self.flops_per_token(context) * tokens_per_second / peak_flops
 
-    def crop_block_size(self, block_size):
-        """Shorten the context, for instance GPT-2's 1024 tokens, to `block_size`; ValueError if it would grow."""
-        if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} but the model has {self.config.block_size} positions')
-        self.config.block_size = block_size
-        if self.config.pos == 'rope':
-            self.rope = self.rope[:, :block_size]
-        else:
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-            self.transformer.wpe.num_embeddings = block_size
-
     def param_groups(self, weight_decay, muon=False):
         """Return optimizer groups in nanoGPT's order: 2-D parameters with weight decay, then the others without.
 
@@ -365,13 +356,3 @@ class GPT(nn.Module):
             dict(params=[p for name, p in named if p.dim() >= 2 and not is_matrix[name]], weight_decay=weight_decay),
             dict(params=[p for _, p in named if p.dim() < 2], weight_decay=0.0)]
         return [{'use_muon': False, **group} for group in groups if group['params']]
-
-    @classmethod
-    def uninitialized(cls, config, dtype=torch.float32):
-        """Return a GPT whose weights, of `dtype`, are undefined; the caller fills them all."""
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return cls(config, init=False)
-        finally:
-            torch.set_default_dtype(default)

@@ -276,12 +276,12 @@ def test_an_untied_embedding_multiplies_nothing():
 def test_cropping_keeps_what_is_left(pos):
     net, idx = make(pos=pos), tokens(T=5)
     whole = logits_of(net, idx)
-    net.crop_block_size(5)
+    gpt2.crop_block_size(net, 5)
     assert net.config.block_size == 5 and torch.equal(logits_of(net, idx), whole)
     with pytest.raises(ValueError, match='6 tokens are more than block_size=5'):
         net(tokens(T=6))
     with pytest.raises(ValueError, match='has 5 positions'):
-        net.crop_block_size(9)
+        gpt2.crop_block_size(net, 9)
 
 
 def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
@@ -302,5 +302,5 @@ def test_an_impossible_model_is_refused_with_the_numbers(wrong, message):
 
 
 def test_uninitialized_builds_in_the_dtype_and_leaves_torchs_default():
-    net = GPT.uninitialized(GPTConfig(12, 20, 1, 2, 16), torch.bfloat16)
+    net = gpt2.uninitialized(GPTConfig(12, 20, 1, 2, 16), torch.bfloat16)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32
