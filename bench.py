@@ -1,14 +1,15 @@
-"""Measure speed and memory; with --vs=FOLDER, a checkout of nanoGPT, those of both programs in turns.
+"""Measure speed and memory, and with --vs=FOLDER compare them with nanoGPT's in that checkout.
 
     python bench.py                                                       the quick rows
     python bench.py --rows=list                                           the names of all rows
     python bench.py --rows=train_small,sample_small --vs=../nanoGPT --json=docs/bench.json
-    python bench.py --rows=slide --out_dir=out-shakespeare-char           what a sliding context costs this model
+    python bench.py --rows=kernels                                        operations per update and per token
+    python bench.py --rows=slide --out_dir=out-shakespeare-char           the cost of a sliding context for this model
     python bench.py --rows=train_baby --profile                           where an update's time goes, and a trace
 
-Each measurement is a process of its own, and the sides of a row take turns: a number is the median over the turns,
-with the lowest and the highest. Where there is a command to do it, that command is what runs, on random tokens and
-weights; its updates are timed by the lines that it prints. What is timed from within is in benchmarks/workloads.py.
+Each measurement is a new process, and the programs of a row alternate: a number is the median over the repeats, with
+the lowest and the highest. Where a command does the work, that command runs, on random tokens and weights; its updates
+are timed by the lines that it prints. The other measurements are in benchmarks/workloads.py.
 """
 import array
 import contextlib
@@ -27,91 +28,93 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import add, inside, summary, table, watch
-from configurator import REPO, UserError, configure
+from benchmarks.harness import add, commit, run_and_parse, run_in_subprocess, summary, table
+from configurator import REPO, configure
 
-rows = 'train_small,sample_small,batches'  # rows to measure, with commas between; 'all', or 'list' to see them
-vs = ''  # folder of a nanoGPT checkout to compare with; '' none
-turns = 3  # measurements of each side of a row; slow rows take fewer
-seconds = 10.0  # of updates in a turn, beyond the first two
-json = ''  # file to which the rows are added, or whose rows they replace; '' none
-label = ''  # behind the names of the rows there, for the same row on another model or machine
+rows = 'train_small,sample_small,batches'  # rows to measure, separated by commas; 'all', or 'list' to see them
+vs = ''  # folder of a nanoGPT checkout to compare with; '' = none
+repeats = 3  # measurements of each program of a row; slow rows take fewer
+seconds = 10.0  # of updates per measurement, after the first two
+json = ''  # file to which the rows are added (rows of the same name are replaced); '' = none
+label = ''  # added to the names of the rows in that file, for the same row on another model or machine
 device = 'cpu'  # cpu | cuda
-more = ''  # further arguments of our commands, in one word, e.g. --more=--dtype=float32
-out_dir = 'out'  # row slide: folder of the training run whose model slides
-profile = False  # of the training rows, the operations and a trace instead of the time
+extra_args = ''  # more arguments for our commands, in one word: --extra_args=--dtype=float32
+out_dir = 'out'  # row slide: folder of the training run whose model is used
+profile = False  # show where the time of a training row goes, and write a trace, instead of measuring
 
-HOME = Path.cwd()  # where the user is; everything runs in a scratch folder
+HOME = Path.cwd()  # where the user is; everything else happens in a temporary folder
 
 SMALL = dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=12, dropout=0.0)  # nanoGPT's CPU recipe, 0.8M
 BABY = dict(n_layer=6, n_head=6, n_embd=384, block_size=256, batch_size=64, dropout=0.2)  # its baby GPT, 10.65M
-GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=256, batch_size=4, dropout=0.0)  # 124M, short of memory
-WORDY = {**SMALL, 'block_size': 256, 'batch_size': 16, 'dataset': 'bench_gpt2'}  # GPT-2's vocabulary, 6.4M of 7.2M
-LONG = {**GPT2, 'block_size': 1024, 'batch_size': 16}  # 124M as it is trained on a GPU
+GPT2 = dict(n_layer=12, n_head=12, n_embd=768, block_size=256, batch_size=4, dropout=0.0)  # 124M in little memory
+WORDY = {**SMALL, 'block_size': 256, 'batch_size': 16, 'dataset': 'bench_gpt2'}  # GPT-2's vocabulary: 7.2M
+LONG = {**GPT2, 'block_size': 1024, 'batch_size': 16}  # 124M as trained on a GPU
 
 
-def program(side, script, *flags):
+def command(program, script, *flags):
     """Return the command that runs a script of ours or of nanoGPT's on the device."""
-    if side != 'nanoGPT':
-        return [sys.executable, REPO / script, *flags, f'--device={device}', *more.split()]
+    if program != 'nanoGPT':
+        return [sys.executable, REPO / script, *flags, f'--device={device}', *extra_args.split()]
     fits = ['--dtype=float32', '--compile=False'] if device == 'cpu' else ['--dtype=bfloat16']
     return [sys.executable, HOME / vs / script, *flags, f'--device={device}', *fits]
 
 
-def stage():
-    """Fill the scratch folder: random tokens in nanoGPT's format, and what its scripts look for where they run."""
+def fill_scratch_folder():
+    """Write random tokens in nanoGPT's format, and what its scripts look for in the working directory."""
     rng = random.Random(0)
-    for name, vocab_size in (('bench_char', 65), ('bench_gpt2', 50257)):
-        (folder := Path('data', name)).mkdir(parents=True)
-        for split in ('train', 'val'):
-            ids = array.array('H', rng.choices(range(vocab_size), k=40_000))
-            (folder / f'{split}.bin').write_bytes(ids.tobytes())
     chars = '\n' + ''.join(map(chr, range(33, 97)))
     meta = {'vocab_size': 65, 'itos': dict(enumerate(chars)), 'stoi': {c: i for i, c in enumerate(chars)}}
-    Path('data/bench_char/meta.pkl').write_bytes(pickle.dumps(meta))
+    for name, vocab_size, n_tokens in (('bench_char', 65, 40_000), ('bench_gpt2', 50257, 40_000),
+                                       ('short_char', 65, 1200), ('short_gpt2', 50257, 1200)):
+        (folder := Path('data', name)).mkdir(parents=True)
+        for split in ('train', 'val'):
+            ids = array.array('H', rng.choices(range(vocab_size), k=n_tokens))
+            (folder / f'{split}.bin').write_bytes(ids.tobytes())
+        if vocab_size == 65:
+            (folder / 'meta.pkl').write_bytes(pickle.dumps(meta))
     for name in ('configurator.py', 'config') if vs else ():
         os.symlink(HOME / vs / name, name)
 
 
-def tokens_for(size):
+def dataset_for(size):
     return size.get('dataset') or ('bench_gpt2' if size['n_embd'] == 768 else 'bench_char')
 
 
 def checkpoint_for(size):
-    """Return a folder with a model of this size and random weights; GPT-2's with all its positions and biases."""
+    """Return a folder with a model of this size and random weights; GPT-2's has all its positions and biases."""
     gpt2 = {'block_size': 1024, 'vocab_size': 50257} if size is GPT2 else {'vocab_size': 65, 'bias': False}
     name = f'model-{size["n_layer"]}x{size["n_embd"]}'
     if not Path(name).exists():
         args = {k: v for k, v in size.items() if k != 'batch_size'} | gpt2
-        inside('write_checkpoint', name, args, tokens_for(size))
+        run_in_subprocess('workloads.write_checkpoint', name, args, dataset_for(size))
     return name
 
 
 def gpt2_folder():
-    """Return a folder in Hugging Face's layout with random weights; `gpt2` itself would be the hub's to us."""
+    """Return a folder in Hugging Face's layout with random weights; the name `gpt2` would be downloaded."""
     if not Path('gpt2').exists():
-        watch([sys.executable, REPO / 'export.py', f'--out_dir={checkpoint_for(GPT2)}', '--to=gpt2'])
+        run_and_parse([sys.executable, REPO / 'export.py', f'--out_dir={checkpoint_for(GPT2)}', '--to=gpt2'])
     return './gpt2'
 
 
-# Each row's function takes the side to measure, last, and returns {quantity: number}.
+# Each row's function takes the program (or variant) to measure as its last argument; returns {quantity: number}.
 
 def training_flags(size):
-    flags = {**size, 'dataset': tokens_for(size), 'gradient_accumulation_steps': 1, 'learning_rate': 1e-3,
+    flags = {**size, 'dataset': dataset_for(size), 'gradient_accumulation_steps': 1, 'learning_rate': 1e-3,
              'warmup_iters': 100, 'max_iters': 1_000_000, 'eval_interval': 1_000_000, 'eval_iters': 1,
              'log_interval': 1, 'out_dir': 'trained'}
     return [f'--{name}={value}' for name, value in flags.items()]
 
 
-def training(size, side, *first):
-    """Run train.py until updates took `seconds`."""
-    found, _, peak = watch(program(side, 'train.py', *first, *training_flags(size)),
+def training(size, program, *first):
+    """Run train.py until its updates have taken `seconds`."""
+    found, _, peak = run_and_parse(command(program, 'train.py', *first, *training_flags(size)),
                            r'^iter \d+: .* time ([\d.]+)ms(?:, mfu ([\d.]+)%)?',
                            lambda found: len(found) > 3 and found[-1][0] - found[1][0] >= seconds)
     shutil.rmtree('trained')
     ms = statistics.median(float(match[1]) for _, match in found[2:])
-    mfu = [float(match[2]) for _, match in found[2:] if match[2] and side != 'nanoGPT']  # its share is an A100's
-    return {'ms an update': ms, 'tokens/s': 1000 / ms * size['batch_size'] * size['block_size'],
+    mfu = [float(match[2]) for _, match in found[2:] if match[2] and program != 'nanoGPT']  # its MFU is an A100's
+    return {'ms per update': ms, 'tokens/s': 1000 / ms * size['batch_size'] * size['block_size'],
             **({'MFU, %': statistics.median(mfu)} if mfu else {}),
             's from command to first update': found[0][0], 'MiB at peak': peak}
 
@@ -121,16 +124,16 @@ def recipe_size():
     return {name: config[name] for name in SMALL}
 
 
-def training_recipe(side):
-    """Flags that repeat the config's own sizes change nothing; those of a longer run switch off its clock."""
-    return training(recipe_size(), side, 'config/train_shakespeare_char.py')
+def training_recipe(program):
+    """The flags repeat the config's own sizes; --max_iters switches off its time limit."""
+    return training(recipe_size(), program, 'config/train_shakespeare_char.py')
 
 
-def finetuning(side):
-    """All of GPT-2 124M, or so that it takes less memory."""
+def finetuning(program):
+    """Fine-tune all weights of GPT-2 124M, or use less memory."""
     how = {'LoRA of rank 8': ['--lora_rank=8'], 'recomputing activations': ['--checkpoint_activations']}
-    found = training(GPT2, side, f'--init_from={gpt2_folder()}', '--bias=True', *how.get(side, []))
-    found.pop('MFU, %', None)  # counts the gradients of all weights
+    found = training(GPT2, program, f'--init_from={gpt2_folder()}', '--bias=True', *how.get(program, []))
+    found.pop('MFU, %', None)  # it counts the gradients of all weights
     return found
 
 
@@ -139,97 +142,120 @@ def exponent(sizes, values):
     return statistics.linear_regression([math.log(size) for size in sizes], [math.log(v) for v in values]).slope
 
 
-def growth(side):
-    """Fit exponents: time a token as one size doubles three times, beside that of the FLOPs; memory with the corpus."""
+def growth(program):
+    """Fit exponents: time and FLOPs per token while one size doubles three times; memory over the size of the text."""
     base, out = {**SMALL, 'n_embd': 256, 'block_size': 128}, {}
     for name, what in (('n_layer', 'layers'), ('n_embd', 'width'), ('block_size', 'context')):
         sizes = [base[name] * 2**i for i in range(4)]
         shapes = [{**base, name: size} for size in sizes]
         shapes = [{**shape, 'batch_size': 2048 // shape['block_size']} for shape in shapes]
-        us = [1e6 / training(shape, side)['tokens/s'] for shape in shapes]
-        out |= {f'exponent of time a token in {what}': exponent(sizes, us),
-                f'exponent of FLOPs a token in {what}': exponent(sizes, inside('flops', shapes))}
-        out |= {f'us a token, {what} {size}': each for size, each in zip(sizes, us)}
-    memory = preparing_memory((2, 20, 200), side)
+        us = [1e6 / training(shape, program)['tokens/s'] for shape in shapes]
+        out |= {f'exponent of time per token in {what}': exponent(sizes, us),
+                f'exponent of FLOPs per token in {what}': exponent(sizes, run_in_subprocess('workloads.flops', shapes))}
+        out |= {f'us per token, {what} {size}': each for size, each in zip(sizes, us)}
+    memory = preparing_memory((2, 20, 200), program)
     return out | {'exponent of memory in text': exponent((2, 20, 200), memory.values())} | memory
 
 
-def sampling(size, num_samples, max_new_tokens, side):
-    """The whole command; how long importing torch takes is measured beside it."""
-    imported = watch([sys.executable, '-c', 'import torch'])[1]
-    _, took, peak = watch(program(side, 'sample.py', f'--out_dir={checkpoint_for(size)}',
-                                  f'--num_samples={num_samples}', f'--max_new_tokens={max_new_tokens}'))
-    return {'s, whole command': took, 's without importing torch': took - imported, 'MiB at peak': peak}
+def sampling(size, num_samples, max_new_tokens, program):
+    """Run the whole command, and measure the import of torch separately."""
+    import_torch = run_and_parse([sys.executable, '-c', 'import torch'])[1]
+    flags = [f'--out_dir={checkpoint_for(size)}', f'--num_samples={num_samples}', f'--max_new_tokens={max_new_tokens}']
+    _, elapsed, peak = run_and_parse(command(program, 'sample.py', *flags))
+    return {'s, whole command': elapsed, 's without importing torch': elapsed - import_torch, 'MiB at peak': peak}
 
 
-def first_token(side):
+def first_token(program):
     """From the command to the first token of GPT-2 in a folder."""
-    name = 'gpt2' if side == 'nanoGPT' else './gpt2'
+    name = 'gpt2' if program == 'nanoGPT' else './gpt2'
     gpt2_folder()
-    _, took, peak = watch(program(side, 'sample.py', f'--init_from={name}', '--num_samples=1', '--max_new_tokens=1',
-                                  '--start=Hello'), env={'HF_HUB_OFFLINE': '1'})
-    return {'s, whole command': took, 'MiB at peak': peak}
+    flags = [f'--init_from={name}', '--num_samples=1', '--max_new_tokens=1', '--start=Hello']
+    _, elapsed, peak = run_and_parse(command(program, 'sample.py', *flags), env={'HF_HUB_OFFLINE': '1'})
+    return {'s, whole command': elapsed, 'MiB at peak': peak}
 
 
-def generating(dtype, prompt, new, side):
-    """One sequence of 124M. The limit: each token reads all weights but the table of positions once."""
-    if side == 'reading the weights':
-        return {'tokens/s': inside('reading', device)['bytes/s'] / 123_653_376 / (4 if dtype == 'float32' else 2)}
-    its = 'float32' if side == 'nanoGPT' and device == 'cpu' else dtype  # all that it can on a CPU
-    return inside('generating', side, str(HOME / vs), device, its, prompt, new)
+def generating(dtype, prompt, new, program):
+    """One sequence of 124M. The limit: each token reads all weights once, except the table of positions."""
+    if program == 'reading the weights':
+        n_bytes = 123_653_376 * (4 if dtype == 'float32' else 2)
+        return {'tokens/s': run_in_subprocess('workloads.reading', device)['bytes/s'] / n_bytes}
+    if program == 'nanoGPT' and device == 'cpu':
+        dtype = 'float32'  # the only one that it supports on a CPU
+    return run_in_subprocess('workloads.generating', program, str(HOME / vs), device, dtype, prompt, new)
 
 
-def batches(side):
-    return inside('batches', side, str(HOME / vs), BABY['batch_size'], BABY['block_size'])
+def batches(program):
+    return run_in_subprocess('workloads.batches', program, str(HOME / vs), BABY['batch_size'], BABY['block_size'])
 
 
-def guards(side):
-    return inside('guards', {k: v for k, v in SMALL.items() if k != 'batch_size'}, SMALL['batch_size'])
+def guards(program):
+    sizes = {k: v for k, v in SMALL.items() if k != 'batch_size'}
+    return run_in_subprocess('workloads.guards', sizes, SMALL['batch_size'])
 
 
-def storing(side):
-    return inside('storing', side)
+def storing(program):
+    return run_in_subprocess('workloads.storing', program)
 
 
-def slide(side):
-    """The side is the share of a full context that stays; 1 reads the whole window anew at every token."""
-    return inside('sliding', str(HOME / out_dir), str(HOME), device, float(Fraction(side)))
+def slide(fraction):
+    """`fraction` of a full context is kept when it slides; 1 reads the whole window again for every token."""
+    return run_in_subprocess('workloads.sliding', str(HOME / out_dir), str(HOME), device, float(Fraction(fraction)))
 
 
-def preparing(tokenizer, million, side):
-    """From a file to .bin, the whole command: many short documents, but for characters a single text."""
+MODELS = {'0.8M': SMALL, 'CPU recipe': {}, '10.65M': {**BABY, 'batch_size': 4}, '124M': GPT2}
+
+
+def kernels(variant):
+    """Count the operations of an update and of a token, which are the same on every machine."""
+    model, dtype = variant.split(', ')
+    data = 'short_gpt2' if model == '124M' else 'short_char'
+    config = [str(REPO / 'config/train_shakespeare_char.py'), '--n_layer=4', '--n_embd=128'] * (model == 'CPU recipe')
+    sizes = [f'--{name}={value}' for name, value in MODELS[model].items()]
+    machine = ['--device=cpu', f'--dtype={dtype}', '--out_dir=counted']
+    train = [*config, *sizes, *machine, f'--dataset={data}', '--gradient_accumulation_steps=1', '--compile=False',
+             '--eval_interval=1000', '--eval_iters=1', '--log_interval=1']
+    found = run_in_subprocess('operations.count', str(REPO), train, [*machine, '--num_samples=1'])
+    shutil.rmtree('counted')
+    return found
+
+
+def preparing(tokenizer, million, program):
+    """The whole command from a file to .bin: many short documents, or one text for characters."""
     name, peer = f'corpus-{million}', Path('peer')
-    size = inside('write_corpus', name, million)['MB']
-    if side == 'tiktoken in one thread':
-        return inside('tiktoken', name)
+    size = run_in_subprocess('workloads.write_corpus', name, million)['MB']
+    if program == 'tiktoken in one thread':
+        return run_in_subprocess('workloads.tiktoken', name)
     text, env = f'{name}.{"txt" if tokenizer == "char" else "jsonl"}', {}
     shutil.rmtree(peer, ignore_errors=True)
     peer.mkdir()
-    if side == 'ours':
+    if program == 'ours':
         code = f'import sys; sys.path.insert(0, {str(REPO)!r}); from lib.text.prepare import prepare; prepare("peer/_")'
-        command = [sys.executable, '-c', code, f'--input={text}', f'--tokenizer={tokenizer}']
+        prepare = [sys.executable, '-c', code, f'--input={text}', f'--tokenizer={tokenizer}']
     elif tokenizer == 'char':
         shutil.copy(HOME / vs / 'data/shakespeare_char/prepare.py', peer)
         shutil.copy(text, peer / 'input.txt')
-        command = [sys.executable, peer / 'prepare.py']
-    else:  # as it prepares OpenWebText, on the cores there are; so small a validation split has no 1024 parts
+        prepare = [sys.executable, peer / 'prepare.py']
+    else:  # its script for OpenWebText, on all cores; this validation split is too small for 1024 parts
         script = (HOME / vs / 'data/openwebtext/prepare.py').read_text(encoding='utf-8')
         script = script.replace('num_proc = 8', f'num_proc = {os.cpu_count()}').replace(' = 1024', ' = 16')
         (peer / 'prepare.py').write_text(script, encoding='utf-8')
         code = ('import datasets, runpy; load = datasets.load_dataset; datasets.load_dataset = lambda *_, **__: '
                 f'load("json", data_files={text!r}); runpy.run_path("peer/prepare.py", run_name="__main__")')
-        command, env = [sys.executable, '-c', code], {'HF_HOME': str(peer.absolute() / 'cache')}
-    _, took, peak = watch(command, env=env)
-    return {'MB/s': size / took, 'MiB at peak': peak}
+        prepare, env = [sys.executable, '-c', code], {'HF_HOME': str(peer.absolute() / 'cache')}
+    _, elapsed, peak = run_and_parse(prepare, env=env)
+    return {'MB/s': size / elapsed, 'MiB at peak': peak}
 
 
-def preparing_memory(sizes, side):
-    """Peak memory of preparing so many million bytes of text."""
-    return {f'MiB at peak, {million} MB of text': preparing('gpt2', million, side)['MiB at peak'] for million in sizes}
+def preparing_memory(sizes, program):
+    """Peak memory of preparing texts of these sizes, in millions of bytes."""
+    return {f'MiB at peak, {million} MB of text': preparing('gpt2', million, program)['MiB at peak']
+            for million in sizes}
 
 
 PAIR, OURS = ('ours', 'nanoGPT'), ('ours',)
-ROWS = {  # name: (what, function, sides, at most so many turns)
+VARIANTS = ('CPU recipe, bfloat16', 'CPU recipe, float32', '0.8M, bfloat16', '0.8M, float32', '10.65M, float32',
+            '124M, float32')
+ROWS = {  # name: (what, function, programs or variants, largest number of repeats)
     'train_small': ('training 0.8M, 12 x 64', partial(training, SMALL), PAIR, 9),
     'train_baby': ('training 10.65M, 64 x 256, dropout 0.2', partial(training, BABY), PAIR, 2),
     'train_124m': ('training 124M, 4 x 256', partial(training, GPT2), PAIR, 2),
@@ -256,6 +282,7 @@ ROWS = {  # name: (what, function, sides, at most so many turns)
     'prepare_bpe': ('preparing 22 MB, own BPE, with its training', partial(preparing, 'bpe', 22), OURS, 9),
     'prepare_memory': ("preparing 50 and 500 MB, GPT-2's BPE", partial(preparing_memory, (50, 500)), OURS, 1),
     'checkpoint': ('checkpoint of 124M', storing, ('ours', 'bare torch'), 9),
+    'kernels': ('operations', kernels, VARIANTS, 1),
     'guards': ('guards of an update, 0.8M', guards, OURS, 9),
     'growth': ('growth from 4 layers x 256, context 128', growth, OURS, 1),
     'slide': ('sliding context', slide, ('1/2', '3/4', '7/8', '1'), 1),
@@ -267,53 +294,62 @@ def names():
 
 
 def check(s):
-    """Return what is wrong with the Settings `s`, a line each."""
+    """Return a list of error messages for the Settings `s`."""
     asked = [] if s['rows'] in ('all', 'list') else s['rows'].split(',')
     found = [f'rows: there is no {name}; there are {", ".join(ROWS)}' for name in asked if name not in ROWS]
     if s['vs'] and not Path(s['vs'], 'model.py').is_file():
         found.append(f'vs={s["vs"]}: there is no model.py; name the folder of a nanoGPT checkout')
-    if s['turns'] < 1:
-        found.append(f'turns must be at least 1, got {s["turns"]}')
+    if s['repeats'] < 1:
+        found.append(f'repeats must be at least 1, got {s["repeats"]}')
+    if s['profile'] and not all(name.startswith('train') for name in asked):
+        found.append('profile is for the training rows only: --rows=train_...')
     return found
 
 
 def measure(name):
-    """Return what is kept of a row: its numbers, the command and the time they took."""
-    what, function, sides, most = ROWS[name]
-    sides = [side for side in sides if (side != 'nanoGPT' or vs)
-             and (side != 'transformers' or importlib.util.find_spec('transformers'))]
-    found = {side: [] for side in sides}
-    for turn in range(min(turns, most)):
-        for side in sides:
-            found[side].append(function(side))
-            print(f'{name}, turn {turn + 1}, {side}: {found[side][-1]}', file=sys.stderr, flush=True)
+    """Return the entry of a row: its numbers, and the command that measured them."""
+    what, function, programs, limit = ROWS[name]
+    programs = [program for program in programs if (program != 'nanoGPT' or vs)
+                and (program != 'transformers' or importlib.util.find_spec('transformers'))]
+    found = {program: [] for program in programs}
+    for repeat in range(min(repeats, limit)):
+        for program in programs:
+            found[program].append(function(program))
+            print(f'{name}, repeat {repeat + 1}, {program}: {found[program][-1]}', file=sys.stderr, flush=True)
     return {'what': what + label.replace('-', ' '), 'command': shlex.join(['python', 'bench.py', *sys.argv[1:]]),
-            'sides': {side: {unit: summary([turn[unit] for turn in each]) for unit in each[0]}
-                      for side, each in found.items()}}
+            'commit': commit(),
+            'sides': {program: {quantity: summary([numbers[quantity] for numbers in each]) for quantity in each[0]}
+                      for program, each in found.items()}}
+
+
+def show_profile(name):
+    """Print where the time of a training row goes, and write a trace. It includes two short evaluations."""
+    size, config = ROWS[name][1].args[0] if name != 'train_recipe' else recipe_size(), []
+    if name == 'train_recipe':
+        config = [str(REPO / 'config/train_shakespeare_char.py')]
+    trace = HOME / f'trace-{name}.json'
+    argv = [*config, *training_flags(size), f'--dataset={dataset_for(size).replace("bench", "short")}',
+            '--max_iters=20', f'--device={device}', *extra_args.split()]
+    print(run_in_subprocess('workloads.profile', argv, str(trace))['table'])
+    print(f'{name}: the trace is in {trace}; open it at https://ui.perfetto.dev')
 
 
 def main():
     configure(globals(), check=check)
     if rows == 'list':
-        print('\n'.join(f'{name:<16} {what} ({", ".join(sides)})' for name, (what, _, sides, _) in ROWS.items()))
+        for name, (what, _, programs, _) in ROWS.items():
+            print(f'{name:<16} {what} ({", ".join(programs)})')
         return
     found = {}
     with tempfile.TemporaryDirectory(prefix='bench-') as scratch, contextlib.chdir(scratch):
-        stage()
-        about = inside('machine')
-        print(', '.join(f'{key} {value}' for key, value in about.items()))
+        fill_scratch_folder()
+        machine = run_in_subprocess('workloads.machine')
+        print(', '.join(f'{key} {value}' for key, value in machine.items()))
         for name in names():
             if profile:
-                if not name.startswith('train'):
-                    raise UserError(f'profile is for the training rows; {name} is none')
-                size = ROWS[name][1].args[0] if name != 'train_recipe' else recipe_size()
-                config = ['config/train_shakespeare_char.py'] * (name == 'train_recipe')
-                trace = HOME / f'trace-{name}.json'
-                argv = [*config, *training_flags(size), '--max_iters=20', f'--device={device}', *more.split()]
-                print(inside('profile', argv, str(trace))['table'])
-                print(f'{name}: the trace is in {trace}; open it at https://ui.perfetto.dev')
+                show_profile(name)
                 continue
-            found[name + label] = {**measure(name), 'machine': about}
+            found[name + label] = {**measure(name), 'machine': machine}
             if json:
                 add(HOME / json, {name + label: found[name + label]})
     if found:

@@ -1,10 +1,11 @@
-"""Bring the tables of docs/results.md up to date with the JSON files beside it.
+"""Update the tables and pictures of docs/results.md and docs/experiments.md from the JSON files in docs/.
 
     python benchmarks/results_page.py
 
-A table stands between the lines `<!-- table FILE: NAME ... -->` and `<!-- end -->`; a name may end in *, and after
-`only` stands the one quantity to tell. What is between them is replaced by what the file has under these names, with
-the commands and the machine. The row growth is drawn as well, as growth.png, and runs by the clock as minutes.png.
+A table is between the lines `<!-- table FILE: NAME ... -->` and `<!-- end -->`. A name may end in *; `only QUANTITY`
+after the names leaves out the other quantities. The text between the two lines is replaced by the entries with these
+names, with their commands and machines. The row growth is also drawn, in growth.png, and the
+minutes_* runs in minutes.png.
 """
 import fnmatch
 import re
@@ -15,17 +16,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import read, table
 from configurator import REPO
 
-PAGE = REPO / 'docs' / 'results.md'
+DOCS = REPO / 'docs'
 
 
 def chosen(path, patterns):
-    """Return the entries of a JSON file whose names fit, in the order of the patterns."""
+    """Return the entries of a JSON file whose names match, in the order of the patterns."""
     entries = read(path)
     return {name: entries[name] for pattern in patterns for name in fnmatch.filter(entries, pattern)}
 
 
 def section(entries, only):
-    """Return the lines for `entries`: their tables, then for each machine the commands that were run on it."""
+    """Return the lines for `entries`: their tables, then for each machine its commands."""
     if not entries:
         return ['Not measured yet.']
     shown = {name: {**entry, 'sides': {side: {unit: v for unit, v in units.items() if only in ('', unit)}
@@ -39,7 +40,7 @@ def section(entries, only):
 
 
 def fill(text, folder):
-    """Return the page's text with its tables made anew from the JSON files in `folder`."""
+    """Return the text of the page with its tables made again from the JSON files in `folder`."""
     def replace(match):
         names, _, only = match[3].partition(' only ')
         lines = section(chosen(folder / match[2], names.split()), only)
@@ -48,13 +49,13 @@ def fill(text, folder):
 
 
 def draw_growth(entry, path):
-    """Draw a picture: time a token by each size of a model, and memory by the text that is prepared."""
+    """Draw time per token over each size of a model, and memory over the size of the prepared text."""
     from matplotlib.figure import Figure
     values = {unit: summary['median'] for unit, summary in entry['sides']['ours'].items()}
     fig = Figure(figsize=(13, 3.4), layout='constrained')
     axes = fig.subplots(1, 4)
-    panels = [(what, rf'us a token, {what} (\d+)', f'exponent of time a token in {what}',
-               f'exponent of FLOPs a token in {what}', 'us a token') for what in ('layers', 'width', 'context')]
+    panels = [(what, rf'us per token, {what} (\d+)', f'exponent of time per token in {what}',
+               f'exponent of FLOPs per token in {what}', 'us per token') for what in ('layers', 'width', 'context')]
     panels += [('MB of text', r'MiB at peak, (\d+) MB of text', 'exponent of memory in text', '', 'MiB at peak')]
     for ax, (what, pattern, fitted, expected, label) in zip(axes, panels):
         points = [(int(match[1]), y) for unit, y in values.items() if (match := re.match(pattern, unit))]
@@ -73,7 +74,7 @@ def draw_growth(entry, path):
 
 
 def draw_minutes(entries, path):
-    """Draw a picture: the validation loss by the seconds since the command, a line for each seed of each entry."""
+    """Draw the validation loss over the seconds since the command started, one line for each seed of each entry."""
     from matplotlib.figure import Figure
     fig = Figure(figsize=(9, 4.5), layout='constrained')
     ax = fig.subplots()
@@ -97,12 +98,13 @@ def draw_minutes(entries, path):
 
 
 def main():
-    if entry := next(iter(chosen(PAGE.with_name('bench.json'), ['growth*']).values()), None):
-        draw_growth(entry, PAGE.with_name('growth.png'))
-    if runs := chosen(PAGE.with_name('training.json'), ['minutes_*']).values():
-        draw_minutes(sorted(runs, key=lambda run: run['histories']['ours'][0][-1][0]), PAGE.with_name('minutes.png'))
-    PAGE.write_text(fill(PAGE.read_text(encoding='utf-8'), PAGE.parent), encoding='utf-8')
-    print(f'{PAGE} is up to date')
+    if entry := next(iter(chosen(DOCS / 'bench.json', ['growth*']).values()), None):
+        draw_growth(entry, DOCS / 'growth.png')
+    if runs := chosen(DOCS / 'training.json', ['minutes_*']).values():
+        draw_minutes(sorted(runs, key=lambda run: run['histories']['ours'][0][-1][0]), DOCS / 'minutes.png')
+    for page in (DOCS / 'results.md', DOCS / 'experiments.md'):
+        page.write_text(fill(page.read_text(encoding='utf-8'), DOCS), encoding='utf-8')
+        print(f'{page} is up to date')
 
 
 if __name__ == '__main__':

@@ -1,9 +1,10 @@
-"""What bench.py times from within: each function runs in a process of its own and returns a dict of numbers."""
+"""The measurements of bench.py that are not whole commands. Each function runs in a new process; it returns numbers."""
 import ast
 import json
 import os
 import platform
 import re
+import runpy
 import statistics
 import sys
 import time
@@ -12,9 +13,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from configurator import REPO
+
 
 def machine():
-    """Return what the numbers depend on."""
+    """Return the processor, its number of cores, the GPU and torch's version: what results depend on."""
     cpu, info = platform.processor() or platform.machine(), Path('/proc/cpuinfo')
     if info.exists() and (line := re.search('model name\\s*: (.*)', info.read_text(encoding='utf-8'))):
         cpu = line[1]
@@ -23,7 +26,7 @@ def machine():
             'isa': torch.backends.cpu.get_cpu_capability(), 'torch': torch.__version__, **gpu}
 
 
-def took(job):
+def timed(job):
     """Return the seconds that job() takes."""
     began = time.perf_counter()
     job()
@@ -33,7 +36,7 @@ def took(job):
 
 
 def per_second(job, least=2.0):
-    """Return how many calls job(i) bears a second, over `least` seconds or more."""
+    """Return the number of calls of job(i) per second, measured over at least `least` seconds."""
     job(0)
     began, n = time.perf_counter(), 0
     while time.perf_counter() < began + least:
@@ -43,7 +46,7 @@ def per_second(job, least=2.0):
 
 
 def write_checkpoint(name, args, dataset):
-    """Write a model of random weights to the folder `name`, as both programs read it; args are its GPTConfig's."""
+    """Write a model with random weights to the folder `name`, for both programs; args: the fields of its GPTConfig."""
     from lib.weights import checkpoint
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(**args))
@@ -54,25 +57,24 @@ def write_checkpoint(name, args, dataset):
 
 
 def flops(sizes):
-    """Return the FLOPs that each size spends on a token of training; its batch_size does not matter."""
+    """Return the FLOPs per token of training for each size; its batch_size does not matter."""
     from model import GPT, GPTConfig
     shapes = ({key: value for key, value in size.items() if key != 'batch_size'} for size in sizes)
     return [GPT(GPTConfig(vocab_size=65, bias=False, **shape), init=False).flops_per_token() for shape in shapes]
 
 
 def profile(argv, trace):
-    """Run train.py, but for its final evaluation, under torch's profiler; writes the trace, returns where time went."""
-    import train
-    sys.argv, train.whole_losses = ['train.py', *argv], lambda *_: ([0.0, 0.0], None)
+    """Run train.py under torch's profiler; writes the trace and returns a table of where the time went."""
+    sys.argv = ['train.py', *argv]
     with torch.profiler.profile() as found:
-        train.main()
+        runpy.run_path(str(REPO / 'train.py'), run_name='__main__')
     found.export_chrome_trace(trace)
     key = 'self_cuda_time_total' if torch.cuda.is_available() else 'self_cpu_time_total'
     return {'table': found.key_averages().table(sort_by=key, row_limit=20, max_name_column_width=40)}
 
 
 def guards(sizes, batch_size):
-    """Time what train.py does in each update to keep unfit ids and numbers out of the weights."""
+    """Time the guard that keeps non-finite updates out of the weights, and compare it with a whole update."""
     from lib.machine import device, runtime
     from lib.text import dataset
     from lib.training import guard, optim
@@ -83,39 +85,39 @@ def guards(sizes, batch_size):
         model.set_compute_dtype(torch.bfloat16)
     opt = optim.make_optimizer('adamw', model.param_groups(0.1), 1e-3, 0.02, (0.9, 0.99), 'cpu')
     split = dataset.open_dataset('bench_char', sizes['block_size']).train
-    late = guard.DelayedReader(torch.device('cpu'))
+    rt = runtime.Runtime(torch.device('cpu'), torch.float32, False, '')
+    guarded = guard.Guard(rt, torch.amp.GradScaler('cpu', enabled=False), 'out', 0)
     ids = split.tokens[:batch_size * sizes['block_size']].reshape(batch_size, -1)
     idx = torch.from_numpy(ids.astype('i8'))
 
-    def step(loss, norm, guarded):
-        if not guarded:
-            return opt.step()
-        assert ids.max() < split.vocab_size
-        opt.found_inf = (~torch.isfinite(loss + norm)).float()
+    def step(loss, grad_norm):
+        guarded.allows(opt, loss, grad_norm)
         opt.step()
-        late(torch.stack([loss, norm, norm]))
-        del opt.found_inf
+        guarded.check(0)
 
     def update(_):
         opt.zero_grad(set_to_none=True)
-        loss = model(idx, idx)[1]
+        _, loss = model(idx, idx)
         loss.backward()
-        step(loss.detach(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0), True)
+        step(loss.detach(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
 
-    whole, one = 1 / per_second(update), torch.ones(())
-    cost = statistics.median(1 / per_second(lambda _: step(one, one, True), 0.1)
-                             - 1 / per_second(lambda _: step(one, one, False), 0.1) for _ in range(20))
-    return {'us an update': 1e6 * cost, 'share of an update, %': 100 * cost / whole}
+    update_seconds, one = 1 / per_second(update), torch.ones(())
+    costs = []
+    for _ in range(20):
+        with_guard = 1 / per_second(lambda _: step(one, one), 0.1)
+        del opt.found_inf
+        costs.append(with_guard - 1 / per_second(lambda _: opt.step(), 0.1))
+    cost = statistics.median(costs)
+    return {'us per update': 1e6 * cost, '% of an update': 100 * cost / update_seconds}
 
-
-def batches(side, vs, batch_size, block_size):
-    """Time how quickly batches come; nanoGPT's function is taken out of its train.py, which trains when imported."""
+def batches(program, vs, batch_size, block_size):
+    """Time the loading of batches. nanoGPT's function is cut out of its train.py, which trains when imported."""
     import numpy as np
-    if side == 'ours':
+    if program == 'ours':
         from lib.text import dataset
         split = dataset.open_dataset('bench_char', block_size).train
         return {'batches/s': per_second(lambda i: split.batch(dataset.train_starts(
-            'epochs', 1337, len(split), block_size, i * batch_size, batch_size), block_size))}
+            1337, len(split), block_size, i * batch_size, batch_size), block_size))}
     parsed = ast.parse((Path(vs) / 'train.py').read_text(encoding='utf-8'))
     parsed.body = [node for node in parsed.body if getattr(node, 'name', '') == 'get_batch']
     scope = dict(np=np, torch=torch, os=os, data_dir='data/bench_char', batch_size=batch_size, block_size=block_size,
@@ -125,16 +127,16 @@ def batches(side, vs, batch_size, block_size):
 
 
 def reading(device):
-    """Time how quickly memory is read: a sum over 1 GiB, more than any cache holds."""
+    """Time the reading of memory: a sum over 1 GiB, more than any cache holds."""
     memory = torch.ones(2**28, device=device)
     return {'bytes/s': 2**30 * max(per_second(lambda _: float(memory.sum()), 0.5) for _ in range(5))}
 
 
-def generating(side, vs, device, dtype, prompt, new):
-    """Time one sequence of a 124M model of random weights: tokens written, or tokens read where new is 1."""
+def generating(program, vs, device, dtype, prompt, new):
+    """Time one sequence of a 124M model with random weights: tokens generated, or the prompt's tokens if new is 1."""
     torch.manual_seed(0)
     idx, rules = torch.randint(50257, (1, prompt), device=device), dict(temperature=0.8, top_k=200)
-    if side == 'transformers':
+    if program == 'transformers':
         from transformers import GPT2Config, GPT2LMHeadModel
         model = GPT2LMHeadModel(GPT2Config())
         rules.update(attention_mask=torch.ones_like(idx), do_sample=True, pad_token_id=0)
@@ -142,38 +144,38 @@ def generating(side, vs, device, dtype, prompt, new):
         def write(n):
             model.generate(idx, min_new_tokens=n, max_new_tokens=n, **rules)
     else:
-        if side == 'nanoGPT':
+        if program == 'nanoGPT':
             sys.path.insert(0, vs)
         from model import GPT, GPTConfig
         model = GPT(GPTConfig(1024, 50257))
 
         def write(n):
-            if side == 'nanoGPT':
+            if program == 'nanoGPT':
                 model.generate(idx, n, **rules)
             else:
                 list(generate(model, idx[0].tolist(), 1, n, **rules))
-    if side == 'ours':
+    if program == 'ours':
         from lib.generate import generate
         from lib.machine import runtime
         runtime.tune_malloc()
     model = model.eval().to(device, getattr(torch, dtype))
     with torch.inference_mode():
         write(min(2, new))
-        return {'tokens/s': (new if new > 1 else prompt) / took(lambda: write(new))}
+        return {'tokens/s': (new if new > 1 else prompt) / timed(lambda: write(new))}
 
 
 def sliding(out_dir, home, device, keep):
-    """Measure what keeping a share of a full context costs, against reading the whole window anew at every token.
+    """Measure the cost of keeping a fraction of a full context, against reading the whole window again at every token.
 
-    Nats: means over the same 4000 tokens of the validation text. After a slide contexts grow from the kept length to
-    the whole, so tokens are predicted after each of these lengths in turn, and all of them after the whole.
+    Nats are means over the same 4000 tokens of the validation text. After a slide the context grows from the kept
+    length to the full one, so each token is predicted from one of these lengths, and all of them from the full one.
     """
     from lib import generate
     from lib.text import dataset
     from lib.weights.load_model import load_model
     os.chdir(home)
     model, _, state = load_model('resume', out_dir)
-    model, generate.KEEP = model.to(device), keep
+    model, generate.KEEP_ON_SLIDE = model.to(device), keep
     val, T = dataset.open_dataset(state['config']['dataset'], 1).val, model.config.block_size
     targets = torch.linspace(T, len(val) - T - 1, min(4000, len(val) - 2 * T)).long()
 
@@ -183,13 +185,14 @@ def sliding(out_dir, home, device, keep):
         for at, length in zip(targets.split(32), lengths.split(32)):
             idx, after = (t.to(device) for t in val.batch((at - length).numpy(), T))  # (B, T) each
             last = torch.arange(len(at)), length - 1
-            found.append(F.cross_entropy(model(idx, after)[0][last].float(), after[last], reduction='none').cpu())
+            logits = model(idx, after, return_logits=True)[0][last].float()
+            found.append(F.cross_entropy(logits, after[last], reduction='none').cpu())
         return torch.cat(found)
 
     def speed(samples, new):
         def write():
             return list(generate.generate(model, [0], samples, new, temperature=0.8, top_k=200))
-        return samples * new / took(write)
+        return samples * new / timed(write)
 
     kept = max(1, int(keep * T))
     slid, whole = nats(kept + torch.arange(len(targets)) % (T - kept + 1)), nats(torch.full_like(targets, T))
@@ -200,7 +203,7 @@ def sliding(out_dir, home, device, keep):
 
 
 def write_corpus(name, million):
-    """Write so many MB of the standard library's paragraphs, as NAME.txt and as documents in NAME.jsonl."""
+    """Write `million` MB of the standard library: NAME.txt, and NAME.jsonl with one paragraph per line."""
     documents = []
     for path in sorted(Path(os.__file__).parent.glob('**/*.py')):
         text = path.read_text(encoding='utf-8', errors='replace')
@@ -217,15 +220,15 @@ def write_corpus(name, million):
 
 
 def tiktoken(name):
-    """Time GPT-2's BPE alone, in one thread, on texts that are in memory."""
+    """Time GPT-2's BPE alone, in one thread, on texts in memory."""
     import tiktoken
-    coder = tiktoken.get_encoding('gpt2')
+    encoding = tiktoken.get_encoding('gpt2')
     texts = [json.loads(line)['text'] for line in open(f'{name}.jsonl', encoding='utf-8')]
-    return {'MB/s': sum(map(len, texts)) / 1e6 / took(lambda: [coder.encode_ordinary(text) for text in texts])}
+    return {'MB/s': sum(map(len, texts)) / 1e6 / timed(lambda: [encoding.encode_ordinary(text) for text in texts])}
 
 
-def storing(side):
-    """Time saving and loading a training state of 124M parameters; the bare way is torch.save, fsync and torch.load."""
+def storing(program):
+    """Time saving and loading the state of a 124M run; `bare torch` is torch.save, fsync and torch.load."""
     from lib.weights import checkpoint
     from model import GPT, GPTConfig
     model = GPT(GPTConfig(bias=False))
@@ -239,11 +242,11 @@ def storing(side):
             file.flush()
             os.fsync(file.fileno())
 
-    if side == 'ours':
-        out = {'s to save': took(lambda: checkpoint.save('state.pt', state)),
-               's to load': took(lambda: checkpoint.load('state.pt'))}
+    if program == 'ours':
+        out = {'s to save': timed(lambda: checkpoint.save('state.pt', state)),
+               's to load': timed(lambda: checkpoint.load('state.pt'))}
     else:
-        out = {'s to save': took(save), 's to load': took(lambda: torch.load('state.pt', weights_only=True))}
+        out = {'s to save': timed(save), 's to load': timed(lambda: torch.load('state.pt', weights_only=True))}
     out['MiB of the file'] = os.path.getsize('state.pt') / 2**20
     os.remove('state.pt')
     return out

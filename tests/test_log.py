@@ -136,7 +136,7 @@ def test_the_recipe_is_the_config_files_in_their_order():
 
 
 def test_a_run_without_a_config_prints_defaults_as_its_recipe(finished):
-    assert 'recipe: defaults\n' in finished[0].out
+    assert "recipe: defaults; GPT-2's architecture\n" in finished[0].out
 
 
 def test_the_banner_shows_device_dtype_and_epochs(finished):
