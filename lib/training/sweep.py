@@ -1,4 +1,4 @@
-"""Many trainings of one recipe: a grid of settings, each run in a process and a folder of its own, and their results.
+"""Many trainings of one recipe: a grid of settings, each run in its own process and folder, and their results.
 
 A run is known by a hash of its settings, its data and the code that trains, which its folder's name ends in. So a
 sweep that was ended in any way continues where it was when the same command is given again.
