@@ -20,7 +20,7 @@ from lib.machine import device as devices
 from lib.machine import distributed, runtime
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
-from lib.training import curves, log, plan, preflight, trial
+from lib.training import curves, log, preflight, trial
 from lib.training.guard import Guard
 from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
@@ -186,7 +186,7 @@ def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
     bpb = data.val.bits_per_byte(losses[1])
     record = {'step': p.iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
               'train_bpb': data.train.bits_per_byte(losses[0]),
-              'tokens': p.tokens_seen, 'minutes': p.minutes}
+              'tokens': p.tokens_seen, 'minutes': p.minutes, 'val_data': data.val.sha256[:12]}
     if last:
         say('the last evaluation reads the whole validation split')
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
@@ -211,7 +211,7 @@ def build_model(settings, data, resumed):
     return model
 
 
-def restore(resumed, settings, data, opt, scaler, say):
+def restore(resumed, settings, data, opt, scaler, by_clock, say):
     """Return the Progress of a checkpoint, with the optimizer and the scaler as they were; print what differs."""
     path, state = resumed
     p = Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
@@ -224,6 +224,9 @@ def restore(resumed, settings, data, opt, scaler, say):
         load_optimizer_state(opt, state['optimizer'], path)
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
+        before = state['optimizer']['param_groups'][-1].get('lr', 0.0)
+        now = learning_rate * get_lr_scale(p.iter_num, run_fraction(p.iter_num, p.minutes, by_clock), by_clock)
+        say(f'learning rate: {before:.3g} in the last update, {now:.3g} in the next')
     return p
 
 
@@ -251,7 +254,7 @@ def main():
         say(line)
     if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
-    p = restore(resumed, settings, data, opt, scaler, say) if resumed else Progress()
+    p = restore(resumed, settings, data, opt, scaler, by_clock, say) if resumed else Progress()
 
     def try_step(compiled):
         starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
@@ -265,12 +268,7 @@ def main():
         distributed.finish()
         return
 
-    seconds, n_bytes = trial.probe(lambda: try_step(compiled_model), rt, raw_model, opt)  # two micro-steps, undone
-    job = plan.job_from(settings, raw_model.config, rt.dtype, data, rt.world_size)
-    minutes, line = plan.one_line(job, seconds * micro_steps / rt.world_size, n_bytes, p.iter_num)
-    say(line)
-    if warning := plan.long_run_warning(minutes):
-        warn(warning)
+    trial.announce(lambda: try_step(compiled_model), settings, data, raw_model, opt, rt, p.iter_num, say, warn)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):
         warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')
@@ -291,8 +289,7 @@ def main():
     def write_log(kind, line, record):
         say(line)
         if rt.is_master:
-            data_id = {'val_data': data.val.sha256[:12]} if kind == 'eval' else {}  # plot.py compares runs
-            log.append_log(f'{out_dir}/log.jsonl', {**record, **data_id})
+            log.append_log(f'{out_dir}/log.jsonl', record)
             track({f'{kind}/{key}': value for key, value in record.items()}, p.iter_num)
 
     def save(as_best, must):
