@@ -18,6 +18,7 @@ import torch
 from lib.generate import sample_text
 from lib.machine import device as devices
 from lib.machine import distributed, runtime
+from lib.machine.signals import Signals
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
 from lib.training import curves, log, preflight, trial
@@ -230,7 +231,7 @@ def restore(resumed, settings, data, opt, scaler, by_clock, say):
     return p
 
 
-def main():
+def main(signals):
     settings, data, resumed = preflight.open_run(globals())  # checks everything before anything is built
     rt = runtime.start(settings, compile_pays=True)
     say, warn = (log.say, log.warn) if rt.is_master else (log.ignore, log.ignore)
@@ -303,7 +304,7 @@ def main():
         if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, must=must, say=say, warn=warn):
             guard.saved_iter = p.iter_num
 
-    with runtime.Signals() as signals:
+    with signals.held():
         while True:
             # every rank follows the same clock and the same signal
             p.minutes, signal = rt.all_reduce_max(minutes_now(), signals.level)
@@ -317,7 +318,8 @@ def main():
 
             # once in a while: evaluate, sample, save
             due = p.iter_num % eval_interval == 0 or (by_clock and len(p.history) <= int(8 * fraction))
-            if (due or last) and not evaluated:
+            ending = signal > 1  # without an evaluation, which may take longer than a scheduler waits
+            if (due or last) and not evaluated and not ending:
                 line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
                 if tok and (len(p.history) % sample_interval == 0 or last):
                     record['sample'] = sample_text(raw_model, tok, data, len(p.history), seed, warn)
@@ -329,14 +331,14 @@ def main():
                          f'{curves.best_step(p.history)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
                 save(as_best=better or always_save_checkpoint, must=last)
-            if last:
+            if last and (evaluated or not ending):
                 break
             if signal:
                 if untrained and len(p.history) < 2:  # ckpt.pt holds the untrained model: let this save replace it
                     p.best_val_loss = math.inf
-                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, must=signal > 1)
+                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, must=ending)
                 say(f'{signals.name(signal)}: saved iter {p.iter_num} to {out_dir}')
-                if signal > 1:
+                if ending:
                     say('to resume, give the same command with --init_from=resume')
                     status = 128 + signals.number(signal)
                     break
@@ -397,5 +399,5 @@ def main():
 
 
 if __name__ == '__main__':
-    with distributed.report_fatal_errors():
-        main()
+    with distributed.report_fatal_errors(), Signals() as caught:
+        main(caught)
