@@ -20,7 +20,7 @@ from lib.machine import device as devices
 from lib.machine import distributed, runtime
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
-from lib.training import curves, log, preflight
+from lib.training import curves, log, plan, preflight, trial
 from lib.training.guard import Guard
 from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
@@ -265,6 +265,12 @@ def main():
         distributed.finish()
         return
 
+    seconds, n_bytes = trial.probe(lambda: try_step(compiled_model), rt, raw_model, opt)  # two micro-steps, undone
+    job = plan.job_from(settings, raw_model.config, rt.dtype, data, rt.world_size)
+    minutes, line = plan.one_line(job, seconds * micro_steps / rt.world_size, n_bytes, p.iter_num)
+    say(line)
+    if warning := plan.long_run_warning(minutes):
+        warn(warning)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):
         warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')
