@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from lib.generate import StreamDecoder, sample_next_token
+from lib.generate import StreamDecoder, forbid_repeated_ngrams, sample_next_token
 from lib.text import dialogue
 from model import KVCache
 
@@ -23,8 +23,9 @@ class Conversation:
     marks: the checkpoint's. rules: see lib.generate.sample_next_token. system: a text that stays at the beginning.
     """
 
-    def __init__(self, model, tok, marks, *, max_new_tokens=500, seed=1337, system='', **rules):
+    def __init__(self, model, tok, marks, *, max_new_tokens=500, seed=1337, system='', no_repeat_ngram=0, **rules):
         self.model, self.tok, self.marks, self.rules = model, tok, marks, rules
+        self.no_repeat_ngram = no_repeat_ngram
         self.max_new_tokens, self.seed, self.system = max_new_tokens, seed, dialogue.clean(system)
         self.device = model.lm_head.weight.device
         self.block_size = model.config.block_size
@@ -81,7 +82,11 @@ class Conversation:
         for n in range(self.max_new_tokens):
             logits, _ = self.model(torch.tensor([new], device=self.device), cache=self.cache)
             self.read += new
-            new = sample_next_token(logits[:, -1, :V].float(), uniform[n:n + 1], seen, **self.rules).tolist()
+            logits = logits[:, -1, :V].float()
+            if self.no_repeat_ngram:
+                so_far = torch.tensor([self.read], device=self.device)
+                logits = forbid_repeated_ngrams(logits, so_far, self.no_repeat_ngram)
+            new = sample_next_token(logits, uniform[n:n + 1], seen, **self.rules).tolist()
             if new == [-1]:
                 raise UserError(f'the model computes NaN or infinity in {self.model.dtype} on {self.device}; '
                                 'try --dtype=float32 or --device=cpu')

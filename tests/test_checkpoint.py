@@ -449,7 +449,7 @@ def test_weights_that_are_not_finite_never_replace_those_on_disk(run, trained):
     for name in ('last.pt', 'last.prev.pt'):
         torch.save(state, trained / name)
     done = resume(run)
-    assert done.status == 1 and 'no such update or checkpoint was kept' in done.last_error
+    assert done.status == 1 and 'neither the update nor a checkpoint of it was kept' in done.last_error
     assert checkpoint.load(trained / 'ckpt.pt')['iter_num'] == before
 
 

@@ -228,7 +228,7 @@ def test_a_bin_file_of_another_text_is_refused(tiny):  # fault 33
     (lambda m: m.update(vocab_size='many'), "vocab_size is 'many', its tokenizer has 16"),
     (lambda m: m.update(vocab_size=0), 'vocab_size is 0, its tokenizer has 16'),
     (lambda m: m.update(tokenizer={'kind': 'chars'}), "tokenizer of kind 'chars'"),
-    (lambda m: m.update(tokenizer=None), "'NoneType' object has no attribute"),
+    (lambda m: m.update(tokenizer=None), 'tokenizer is a NoneType, expected a dictionary'),
     (lambda m: m.update(tokenizer={'kind': 'char', 'chars': 'ab'}), 'vocab_size is 16, its tokenizer has 2'),
     (lambda m: m.update(sha256='0' * 64), 'it was changed since prepare wrote it: its sha256 differs')])
 def test_an_invalid_value_in_meta_json_is_reported(tiny, change, reason):  # fault 33

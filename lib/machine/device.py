@@ -2,6 +2,7 @@
 import functools
 import re
 import time
+from pathlib import Path
 
 import torch
 
@@ -80,6 +81,17 @@ def pick_dtype(device):
     if device.type == 'cpu' and native_bf16():
         return 'bfloat16', 'this CPU has bfloat16 instructions'
     return 'float32', f'safe on {device.type}'
+
+
+def free_memory(device):
+    """Return the bytes that training can use on this machine's device; 0 if the system does not report them."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        lines = Path('/proc/meminfo').read_text(encoding='utf-8').splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return 0
 
 
 def measured_flops(device, dtype):

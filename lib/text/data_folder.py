@@ -11,13 +11,13 @@ Nothing here needs torch.
 import hashlib
 import json
 import os
-import pickle
 from pathlib import Path
 
 import numpy as np
 
 from configurator import REPO, UserError
 from lib.text import dialogue
+from lib.text.schema import load_plain_pickle, parse_json, spec_problem
 from lib.text.tokenizer import CharTokenizer, TextError, from_spec
 
 IN_MEMORY = 256 * 2**20  # bytes; a smaller .bin file is read whole and its sha256 checked, a larger one is mapped
@@ -53,12 +53,16 @@ def read_meta(path):
     UserError if anything in it is missing or wrong.
     """
     try:
-        meta = json.loads((path / 'meta.json').read_text(encoding='utf-8'))
+        meta = parse_json((path / 'meta.json').read_text(encoding='utf-8'))
         for split in SPLITS:
             for key, kind in (('n_tokens', int), ('n_bytes', int), ('max_id', int), ('sha256', str)):
                 value = meta['splits'][split][key]
                 if type(value) is not kind and not (key == 'n_bytes' and value is None):  # None: unknown
                     raise ValueError(f'{key} of {split} is {value!r}')
+                if kind is int and not 0 <= (value or 0) < 2**53:
+                    raise ValueError(f'{key} of {split} is {value}')
+        if type(meta.get('source', '')) is not str:
+            raise ValueError(f'source is a {type(meta["source"]).__name__}')
         if meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError(f'dtype is {meta["dtype"]!r}')
         vocab_size = from_spec(meta['tokenizer']).vocab_size
@@ -76,26 +80,23 @@ def read_meta(path):
                         'run prepare.py again') from error
 
 
-class _PlainUnpickler(pickle.Unpickler):
-    """Reads numbers, strings and containers; refuses a pickle that refers to any class or function."""
-
-    def find_class(self, module, name):
-        raise TextError(f'meta.pkl refers to {module}.{name}; refusing')
-
-
 def from_nanogpt_meta(path):
     """Return the character tokenizer in nanoGPT's meta.pkl in folder `path`; TextError if it is anything else."""
     path = Path(path) / 'meta.pkl'
-    with open(path, 'rb') as file:
-        try:
-            itos = _PlainUnpickler(file).load()['itos']
-            chars = ''.join(itos[i] for i in range(len(itos)))
-        except TextError:
-            raise
-        except Exception as error:  # a damaged pickle can raise almost anything
-            raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
-    if len(chars) != len(itos):
+    try:
+        table = load_plain_pickle(path.read_bytes())
+    except ValueError as error:
+        raise TextError(f'{path} {error}') from None
+    try:
+        itos = table['itos']
+        tokens = [itos[i] for i in range(len(itos))]
+        chars = ''.join(tokens)
+    except (LookupError, TypeError) as error:
+        raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
+    if any(len(token) != 1 for token in tokens):
         raise TextError(f'{path} has tokens of several characters; only one character per id is supported')
+    if problem := spec_problem({'kind': 'char', 'chars': chars}):
+        raise TextError(f'{path}: {problem}')
     return CharTokenizer(chars)
 
 
