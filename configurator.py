@@ -1,20 +1,18 @@
 """Settings of a script: the literals at its top, then config files, then --key=value flags.
 
-A script states its settings as plain assignments, each with a comment:
-
-    batch_size = 12  # sequences per micro-batch
-
-and first calls `configure(globals())` in main(). The type of the default is the schema. Flags override config files
-wherever they are on the command line, and a later config file overrides an earlier one. A config file is Python and
-is executed: read a stranger's config before you run it.
+A script states its settings as assignments with a comment (batch_size = 12  # sequences per micro-batch) and first
+calls `configure(globals())` in main(). The type of the default is the schema. Flags override config files wherever
+they are on the command line, and a later config file overrides an earlier one. A config file is Python and is
+executed: read a stranger's config before you run it.
 """
 import difflib
 import inspect
-import os
 import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+from lib.machine import console
 
 REPO = Path(__file__).resolve().parent
 BOOLS = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
@@ -104,8 +102,7 @@ def find_path(path):
 
 
 def _did_you_mean(name, known):
-    prefixed = [other for other in known if other.startswith(name)]
-    similar = prefixed or difflib.get_close_matches(name, known, n=1)
+    similar = [other for other in known if other.startswith(name)] or difflib.get_close_matches(name, known, n=1)
     return f'; did you mean {similar[0]}?' if similar else '; --help lists them all'
 
 
@@ -114,14 +111,10 @@ def _coerce(text, default):
     kind = type(default)
     if kind is str:
         return text
-    if kind is bool:
-        if text.lower() not in BOOLS:
-            raise ValueError('True or False')
-        return BOOLS[text.lower()]
     try:
-        return kind(text.replace('_', ''))
-    except ValueError:
-        raise ValueError('a whole number' if kind is int else 'a number') from None
+        return BOOLS[text.lower()] if kind is bool else kind(text.replace('_', ''))
+    except (KeyError, ValueError):
+        raise ValueError({bool: 'True or False', int: 'a whole number', float: 'a number'}[kind]) from None
 
 
 def _parse(argv, settings, words):
@@ -223,8 +216,8 @@ def describe(source, values, doc=''):
     block of settings, which ends at the first function, a comment on a line by itself is a heading.
     """
     own = re.match(r'\s*"""(.*?)"""', source, re.S)
-    doc = doc or (own.group(1) if own else '')
-    lines, gap = [doc.strip(), '', 'Settings (--name=value):'] if doc else [], False
+    doc, gap = doc or (own.group(1) if own else ''), False
+    lines = [doc.strip(), '', 'Settings (--name=value):'] if doc else []
     for line in source.splitlines():
         if line.startswith(('def ', 'class ')):
             break
@@ -253,6 +246,12 @@ def _print_exception(kind, error, trace):
         sys.__excepthook__(kind, error, trace)
 
 
+def literals(namespace):
+    """Return the settings among a script's globals: {name: int, float, bool or str}, without _names."""
+    return {name: value for name, value in namespace.items()
+            if not name.startswith('_') and type(value) in (int, float, bool, str)}
+
+
 def configure(namespace, argv=None, early=None, check=None, words=''):
     """Override the literals in `namespace` (a script's globals()) from `argv` and return the Settings.
 
@@ -260,15 +259,11 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     are reported at once. They end the program with exit status 2, --help with 0.
     """
     argv = sys.argv[1:] if argv is None else argv
-    defaults = {name: value for name, value in namespace.items()
-                if not name.startswith('_') and type(value) in (int, float, bool, str)}
+    console.protect()
+    defaults = literals(namespace)
     if '--help' in argv or '-h' in argv:
         print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults, namespace.get('__doc__')))
         raise SystemExit(0)
-    for stream in (sys.stdout, sys.stderr):
-        asked, _, handler = os.environ.get('PYTHONIOENCODING', '').partition(':')
-        if hasattr(stream, 'reconfigure'):  # LC_ALL=C could not print Chinese text
-            stream.reconfigure(encoding=None if asked else 'utf-8', errors=handler or 'replace')
     sys.excepthook = _print_exception
     settings = resolve(defaults, argv, early, words)
     errors = settings.errors + (check(settings) if check and settings.understood else [])

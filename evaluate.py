@@ -82,6 +82,9 @@ def windows(n_tokens, block_size, stride):
 
 def window_batches(split, block_size, stride):
     """Yield (idx, targets) (B, T) over a datasets.Split in windows of one length; targets not to be scored are -1."""
+    if split.dialogues is not None:
+        yield from datasets.split_batches(split, block_size, batch_size)
+        return
     count = 1 + max(0, -(-(len(split) - 1 - block_size) // stride))
     batch = []
     for window in log.progress(windows(len(split), block_size, stride), count, 'windows'):
@@ -103,7 +106,7 @@ def load_windows(split, batch):
 
 @torch.inference_mode()
 def split_loss(model, rt, split, block_size, stride):
-    """Return the summed loss in nats over the N - 1 targets of a datasets.Split."""
+    """Return the summed loss in nats over the N - 1 targets of a datasets.Split, or over those in its dialogues."""
     nats = 0.0
     for idx, targets in window_batches(split, block_size, stride):
         mean = float(model(*rt.to_device(idx, targets))[1])
@@ -153,10 +156,10 @@ def split_of_text(tok):
     return datasets.Split(path, ids, len(content.encode()), '', tok.vocab_size)
 
 
-def split_of_dataset(tok, state):
+def split_of_dataset(tok, state, block_size):
     """Return (name, datasets.Split) of the dataset; UserError if its tokens are not the model's."""
     trained_on = state.get('config', {}).get('dataset', 'openwebtext')
-    data = datasets.open_dataset(dataset or trained_on, 1)
+    data = datasets.open_dataset(dataset or trained_on, block_size, any_length=True)
     if data.tokenizer != tok.spec:
         advice = 'leave --dataset out' if dataset not in ('', trained_on) else 'prepare it as for the training'
         raise UserError(f'dataset {data.name} does not fit this model: {describe_mismatch(data.tokenizer, tok.spec)}; '
@@ -169,13 +172,14 @@ def run_text(model, tok, rt, state):
     block_size = model.config.block_size
     if stride > block_size:
         raise UserError(f'stride={stride} would leave out tokens: the context of the model is {block_size} tokens')
-    name, tokens = (text, split_of_text(tok)) if text else split_of_dataset(tok, state)
+    name, tokens = (text, split_of_text(tok)) if text else split_of_dataset(tok, state, block_size)
     if len(tokens) < 2:
         raise UserError(f'{name} has {len(tokens)} tokens; a loss needs at least 2')
-    nats, n = split_loss(model, rt, tokens, block_size, stride or block_size), len(tokens) - 1
+    nats = split_loss(model, rt, tokens, block_size, stride or block_size)
+    n = tokens.n_targets - (tokens.dialogues.n_lost if tokens.dialogues is not None else 0)
     line = f'{name}: loss {nats / n:.4f}, perplexity {math.exp(min(nats / n, 700)):.4f}'
     if tokens.n_bytes:
-        line += f', bpb {nats / math.log(2) / tokens.n_bytes:.4f}'
+        line += f', bpb {tokens.bits_per_byte(nats / n, tokens.n_targets):.4f}'
     return f'{line} ({n:,} targets, windows of {block_size}, stride {stride or block_size})'
 
 

@@ -17,6 +17,7 @@ import torch
 
 from configurator import UserError, configure
 from lib.machine.files import atomic_write
+from lib.text import dialogue
 from lib.weights.load_model import load_model
 
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
@@ -94,9 +95,14 @@ def write_json(path, value):
         json.dump(value, file, indent=2)
 
 
-def write_tokenizer(tok, folder):
-    """Write tokenizer.json and the other files that transformers reads into the folder."""
+def write_tokenizer(tok, folder, marks=None):
+    """Write tokenizer.json and the other files that transformers reads into the folder.
+
+    marks: those of dialogues, for a chat template; None if there are none.
+    """
     special = {} if tok.eot is None else {f'{name}_token': tok.separator for name in ('bos', 'eos', 'unk')}
+    if marks:
+        special['chat_template'] = dialogue.chat_template(marks)
     made = hf_tokenizer(tok)
     with atomic_write(folder / 'tokenizer.json') as temporary:
         made.save(str(temporary))
@@ -110,7 +116,8 @@ def main(argv=None):
     configure(globals(), argv)
     from safetensors.torch import save_file
     folder = Path(to or Path(out_dir) / 'hf')
-    model, tok, _ = load_model(init_from, out_dir)
+    model, tok, state = load_model(init_from, out_dir)
+    marks = state.get('chat')
     config = hf_config(model.config, tok)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -118,8 +125,9 @@ def main(argv=None):
         with atomic_write(folder / 'model.safetensors') as temporary:
             save_file(hf_tensors(model), temporary, metadata={'format': 'pt'})
         write_json(folder / 'tokenizer_spec.json', tok.spec)  # what this program reads
+        write_json(folder / 'chat.json', marks)  # likewise; null for a model of text
         try:
-            write_tokenizer(tok, folder)
+            write_tokenizer(tok, folder, marks)
         except (UserError, ImportError) as error:  # the model can be used without them
             print(f'no tokenizer files: {getattr(error, "message", error)}', file=sys.stderr)
         write_json(folder / 'config.json', config)

@@ -3,6 +3,7 @@
 You need not read this file to understand the model: each function computes the plain formula in the first line of
 its docstring, and on other devices, under torch.compile, or with ENABLED = False it calls exactly that formula.
 """
+import functools
 import math
 
 import torch
@@ -37,17 +38,55 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
-def dropout(x, p, training):
-    """F.dropout(x, p, training), with other random numbers and p rounded to a multiple of 1 / 65536.
+class CastTogetherFunction(torch.autograd.Function):
+    """[w.to(dtype) for w in weights] in two operations, and their gradients in two."""
 
-    One 64-bit random number serves four elements (16 bits each). torch draws one number per element on a CPU, which
-    takes as long as a matrix product.
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        ctx.shapes, ctx.dtype = [w.shape for w in weights], weights[0].dtype
+        return CastTogetherFunction.parts(weights, dtype, ctx.shapes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return None, *CastTogetherFunction.parts(grads, ctx.dtype, ctx.shapes)
+
+    @staticmethod
+    def parts(tensors, dtype, shapes):
+        flat = torch.cat([t.flatten() for t in tensors]).to(dtype)
+        return tuple(part.view(s) for part, s in zip(flat.split([s.numel() for s in shapes]), shapes))
+
+
+def cast_weights(layers, dtype):
+    """Set layer.cast = layer.weight.to(dtype) for each of `layers`; do nothing where it does not pay.
+
+    For small models on a CPU, where casting each weight by itself takes longer than its share of the memory traffic.
     """
-    if p == 0 or not training or not _fast(x):
-        return F.dropout(x, p, training)
+    weights = [layer.weight for layer in layers]
+    small = weights and weights[0].dtype != dtype and sum(w.numel() for w in weights) <= 2**24
+    if small and _fast(weights[0]) and all(type(w) is torch.nn.Parameter for w in weights):  # FSDP's are not
+        for layer, cast in zip(layers, CastTogetherFunction.apply(dtype, *weights)):
+            layer.cast = cast
+
+
+def _dropout_mask(x, p):
+    """Return a tensor like x that holds 0 with probability p, else 1 / (1 - p); p is rounded to k / 65536.
+
+    One 64-bit random number serves four elements (16 bits each).
+    """
     threshold, n = round(p * 65536), x.numel()
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
-    return x * (bits >= threshold - 32768).to(x.dtype).mul_(65536 / (65536 - threshold))
+    return (bits >= threshold - 32768).to(x.dtype).mul_(65536 / (65536 - threshold))
+
+
+def dropout(x, p, training):
+    """F.dropout(x, p, training), with other random numbers.
+
+    torch draws one random number per element on a CPU, which takes as long as a matrix product.
+    """
+    if p == 0 or not training:
+        return x
+    return x * _dropout_mask(x, p) if _fast(x) else F.dropout(x, p, training)
 
 
 class RMSNormFunction(torch.autograd.Function):
@@ -55,7 +94,8 @@ class RMSNormFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, eps):
-        scale = x.square().mean(-1, keepdim=True).add_(eps).rsqrt_()
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)  # summed in float32 in any dtype
+        scale = torch.addcmul(_constant(eps), norm, norm, value=1 / x.size(-1)).rsqrt_()
         y = x * scale
         ctx.save_for_backward(y, scale)
         return y
@@ -64,31 +104,65 @@ class RMSNormFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         y, scale = ctx.saved_tensors
-        return torch.addcmul(dy, y, (dy * y).mean(-1, keepdim=True), value=-1).mul_(scale), None
+        dot = (dy * y).sum(-1, keepdim=True)
+        return torch.addcmul(dy, y, dot, value=-1 / y.size(-1)).mul_(scale), None
+
+
+@functools.cache
+def _constant(value):
+    return torch.tensor(value)
 
 
 def rms_norm(x):
     """F.rms_norm(x, x.shape[-1:]): x / sqrt(mean(x^2) + eps) over the last dimension."""
     eps = torch.finfo(torch.float32).eps  # named, because torch's default differs between devices and versions
-    if _fast(x) and x.dtype == torch.float32 and torch.is_grad_enabled():
+    if _fast(x) and torch.is_grad_enabled():
         return RMSNormFunction.apply(x, eps)
     return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
+class RotateFunction(torch.autograd.Function):
+    """Rotation in three passes over memory; its gradient is rotated back by the same angles."""
+
+    @staticmethod
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        B, T, n, nh, hs = x.shape
+        y = x.new_empty(n, B, nh, T, hs).permute(1, 3, 0, 2, 4)  # so attention need not copy its queries and keys
+        first, second = x.chunk(2, -1)
+        return torch.mul(x, cos, out=y).addcmul_(torch.cat([second, first], -1), sin)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (cos, sin), (first, second) = ctx.saved_tensors, dy.chunk(2, -1)
+        return (dy * cos).addcmul_(torch.cat([second, first], -1), sin, value=-1), None, None
+
+
+def rotate(x, cos, sin):
+    """x * cos + x.roll(x.size(-1) // 2, -1) * sin, where sin has opposite signs in the two halves.
+
+    x: (B, T, n, nh, hs): queries and keys, say, of which n = 2. cos, sin: broadcast to x.
+    """
+    if _fast(x) and torch.is_grad_enabled():
+        return RotateFunction.apply(x, cos, sin)
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+
+
 class ReLUSquaredFunction(torch.autograd.Function):
-    """relu(x)^2 whose backward takes two passes over memory; autograd's takes five."""
+    """relu(x)^2 whose backward is one operation; autograd's takes five."""
 
     @staticmethod
     def forward(ctx, x):
         r = F.relu(x)
         ctx.save_for_backward(r)
-        return r * r
+        return r.square()
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         r, = ctx.saved_tensors
-        return (dy * r).mul_(2)
+        return torch.addcmul(_constant(0.0), dy, r, value=2)
 
 
 def relu_squared(x):
@@ -96,18 +170,46 @@ def relu_squared(x):
     return ReLUSquaredFunction.apply(x) if _fast(x) and torch.is_grad_enabled() else F.relu(x).square()
 
 
+class CausalAttentionFunction(torch.autograd.Function):
+    """Attention written out as matrix products: forward 2, backward 4."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, dropout_p):
+        shape, T, hs = q.shape, q.size(2), q.size(3)
+        q, k, v = (t.reshape(-1, T, hs) for t in (q, k, v))  # (B nh, T, hs) each
+        p = torch.baddbmm(_causal_mask(T, q.dtype), q, k.mT, alpha=hs ** -0.5).softmax(-1)  # (B nh, T, T)
+        keep = _dropout_mask(p, dropout_p) if dropout_p else None
+        dropped = p if keep is None else p * keep
+        ctx.save_for_backward(q, k, v, p, dropped, keep)
+        return (dropped @ v).view(shape)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, dy):
+        (q, k, v, p, dropped, keep), shape, scale = ctx.saved_tensors, dy.shape, dy.size(-1) ** -0.5
+        dy = dy.reshape(q.shape)
+        dv, dp = dropped.mT @ dy, dy @ v.mT
+        ds = torch._softmax_backward_data(dp if keep is None else dp * keep, p, -1, p.dtype)
+        dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)  # scale * ds @ k
+        dk = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale)
+        return dq.view(shape), dk.view(shape), dv.view(shape), None
+
+
+@functools.lru_cache(maxsize=8)
+def _causal_mask(T, dtype):
+    """Return (T, T): 0 where a position may look, -inf after it."""
+    return torch.full((T, T), -math.inf, dtype=dtype).triu(1)
+
+
 def causal_attention(q, k, v, dropout_p=0.0):
     """softmax(q k^T / sqrt(hs) + mask) v: the last T of S positions attend to themselves and those before them.
 
-    q: (B, nh, T, hs). k, v: (B, nh, S, hs). Returns (B, nh, T, hs). Uses torch's fused kernel, except on a CPU in
-    bfloat16 with T <= 512 (the plain formula is 2.5x faster there) or with dropout (torch has no fused CPU kernel).
+    q: (B, nh, T, hs). k, v: (B, nh, S, hs). Returns (B, nh, T, hs). Uses torch's fused kernel, except on a CPU with
+    T <= 512 in training, in bfloat16 or with dropout: there the products written out are faster.
     """
-    shape, T, S = q.shape, q.size(2), k.size(2)
-    if _fast(q) and (q.dtype == torch.bfloat16 or dropout_p) and T == S <= 512:
-        mask = torch.full((T, T), -math.inf, dtype=q.dtype).triu(1)
-        q, k, v = (t.reshape(-1, T, t.size(-1)) for t in (q, k, v))  # (B nh, T, hs) each
-        weights = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5).softmax(-1)  # (B nh, T, T)
-        return (dropout(weights, dropout_p, True) @ v).view(shape)
+    T, S = q.size(2), k.size(2)
+    if _fast(q) and T == S <= 512 and (q.dtype == torch.bfloat16 or dropout_p or torch.is_grad_enabled()):
+        return CausalAttentionFunction.apply(q, k, v, dropout_p)
     # is_causal aligns to the top left, so fewer queries than keys (a KV cache) need an explicit mask
     mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S, dropout_p=dropout_p)

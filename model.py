@@ -91,9 +91,9 @@ def precompute_rope(block_size, hs):
 
 
 def apply_rotary_emb(x, rope):
-    """Rotate the pairs (i, i + hs / 2) of each head of x (B, T, nh, hs) by the angles in rope (2, T, hs)."""
-    cos, sin = rope.to(x.dtype).unsqueeze(2)  # (T, 1, hs) each
-    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
+    """Rotate the pairs (i, i + hs / 2) of each head of x (B, T, 2, nh, hs) by the angles in rope (2, T, hs)."""
+    cos, sin = rope.to(x.dtype)[:, :, None, None]  # (T, 1, 1, hs) each
+    return kernels.rotate(x, cos, sin)  # x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class KVCache:
@@ -121,6 +121,7 @@ class KVCache:
 class Linear(nn.Linear):
     """nn.Linear whose product is computed in `compute_dtype`, in whatever dtype its weights are stored."""
     compute_dtype = None  # None: the dtype of the weights
+    cast = None  # the weight in compute_dtype, if GPT.forward has cast those of all layers together
 
     def reset_parameters(self):
         pass  # GPT._init_weights does it
@@ -130,7 +131,9 @@ class Linear(nn.Linear):
         if x.dtype == self.weight.dtype == dtype:  # skip no-op casts: they are 5% of a small model's time per token
             return kernels.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return kernels.linear(x.to(dtype), self.weight.to(dtype), bias)
+        weight = self.weight.to(dtype) if self.cast is None else self.cast
+        self.cast = None
+        return kernels.linear(x.to(dtype), weight, bias)
 
 
 class Embedding(nn.Embedding):
@@ -154,11 +157,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.size()
-        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # (B, T, nh, hs) each
+        qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split([2, 1], dim=2)  # (B, T, 2, nh, hs)
         if self.qk_norm is not None:
-            q, k = self.qk_norm(q), self.qk_norm(k)
+            qk = self.qk_norm(qk)
         if rope is not None:
-            q, k = apply_rotary_emb(q, rope), apply_rotary_emb(k, rope)
+            qk = apply_rotary_emb(qk, rope)
+        (q, k), v = qk.unbind(2), v.squeeze(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nh, S, hs)
@@ -222,6 +226,7 @@ class GPT(nn.Module):
         if errors := config.validate():
             raise ValueError('; '.join(errors))
         self.config = config
+        self.linears = []  # of the blocks, once set_compute_dtype has been called
         self.checkpoint_activations = False  # recompute each block in the backward pass instead of storing it
         self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
@@ -267,12 +272,13 @@ class GPT(nn.Module):
         T, start = idx.size(1), cache.pos if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens are more than block_size={self.config.block_size}')
+        kernels.cast_weights(self.linears, self.dtype)  # layer.cast = layer.weight.to(self.dtype)
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.smear is not None:
             x = self._smear(x, cache)
         rope = None
         if self.rope is not None:
-            rope = self.rope[:, start:start + T]
+            rope = self.rope[:, start:start + T].to(self.dtype)
         else:
             x = x + self.transformer.wpe.weight[start:start + T]
         x = self.transformer.drop(x)
@@ -313,6 +319,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.compute_dtype = dtype
+        self.linears = [module for module in self.transformer.h.modules() if isinstance(module, Linear)]
 
     @property
     def dtype(self):
@@ -340,17 +347,6 @@ class GPT(nn.Module):
         """Return model FLOPs utilisation: the fraction of `peak_flops` (FLOP/s of the device) that training uses."""
         return self.flops_per_token(context) * tokens_per_second / peak_flops
 
-    def crop_block_size(self, block_size):
-        """Shorten the context, for instance GPT-2's 1024 tokens, to `block_size`; ValueError if it would grow."""
-        if block_size > self.config.block_size:
-            raise ValueError(f'block_size={block_size} but the model has {self.config.block_size} positions')
-        self.config.block_size = block_size
-        if self.config.pos == 'rope':
-            self.rope = self.rope[:, :block_size]
-        else:
-            self.transformer.wpe.weight = nn.Parameter(self.transformer.wpe.weight[:block_size].clone())
-            self.transformer.wpe.num_embeddings = block_size
-
     def param_groups(self, weight_decay, muon=False):
         """Return optimizer groups in nanoGPT's order: 2-D parameters with weight decay, then the others without.
 
@@ -365,13 +361,3 @@ class GPT(nn.Module):
             dict(params=[p for name, p in named if p.dim() >= 2 and not is_matrix[name]], weight_decay=weight_decay),
             dict(params=[p for _, p in named if p.dim() < 2], weight_decay=0.0)]
         return [{'use_muon': False, **group} for group in groups if group['params']]
-
-    @classmethod
-    def uninitialized(cls, config, dtype=torch.float32):
-        """Return a GPT whose weights, of `dtype`, are undefined; the caller fills them all."""
-        default = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            return cls(config, init=False)
-        finally:
-            torch.set_default_dtype(default)

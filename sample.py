@@ -3,19 +3,21 @@
     python sample.py --out_dir=out-shakespeare-char --start="ROMEO:"    a model that you trained
     python sample.py --init_from=gpt2-xl --start=FILE:prompt.txt        OpenAI's GPT-2, with a prompt from a file
     python sample.py --temperature=0 --num_samples=1                    the most likely continuation
+    python sample.py --out_dir=out-dialogue --chat                      a conversation, with a model of dialogues
 
 Python config files and --key=value flags override the settings below; flags win. The rules for choosing a token are
 in lib/generate.py.
 """
-import os
 import sys
 
 import torch
 
-from configurator import UserError, configure, find_path
+from configurator import configure, find_path
+from lib.chat import open_conversation, print_answer, talk
 from lib.generate import generate_text
+from lib.machine import console, runtime
 from lib.machine import device as devices
-from lib.machine import runtime
+from lib.text.prompt import encode_prompt, fit_to_vocabulary, read_prompt, typed
 from lib.weights.load_model import load_model
 
 # model
@@ -24,16 +26,20 @@ out_dir = 'out'  # folder of the training run, relative to the working directory
 
 # text
 start = '\n'  # the prompt, or FILE:prompt.txt; an empty one is the natural beginning of a text
+fold = True  # convert the prompt to the character width of the training text: ':' to '：' and the reverse
 num_samples = 10  # samples, generated together
 max_new_tokens = 500  # tokens per sample, at most
 stop = ''  # text that ends a sample and is not printed; '' = none. End-of-text always ends one
+chat = False  # a conversation in the terminal; with --start one answer and nothing else
 stream = False  # print text as it comes; on a terminal unless given
 
 # choosing a token
 temperature = 0.8  # below 1 safer, above 1 more surprising, 0 always the most likely token
 top_k = 200  # sample from the k most likely tokens; 0 = off
 top_p = 1.0  # sample from the smallest set of tokens with this total probability; 1 = off
+min_p = 0.0  # sample from the tokens at least this fraction as likely as the most likely one; 0 = off
 repetition_penalty = 1.0  # above 1 avoids tokens that occurred, 1.1 to 1.3 is usual; 1 = off
+no_repeat_ngram = 0  # no sequence of this many tokens occurs twice; 0 = off
 seed = 1337  # the same seed gives the same samples, whatever their number
 
 # machine
@@ -50,6 +56,8 @@ def check(s):
         'temperature': (0 <= s['temperature'] < float('inf'), '0 (the most likely token) or more'),
         'top_k': (s['top_k'] >= 0, '0 (off) or more'),
         'top_p': (0 < s['top_p'] <= 1, 'above 0 and at most 1 (off)'),
+        'min_p': (0 <= s['min_p'] <= 1, '0 (off) to 1'),
+        'no_repeat_ngram': (s['no_repeat_ngram'] >= 0, '0 (off) or more'),
         'repetition_penalty': (0 < s['repetition_penalty'] < float('inf'), 'above 0; 1 is off'),
         'seed': (s['seed'] >= 0, '0 or more'),
         'dtype': (s['dtype'] in ('auto', *devices.DTYPES), f'one of {", ".join(devices.DTYPES)}'),
@@ -60,32 +68,6 @@ def check(s):
     if problem := devices.device_problem(s['device']):
         errors.append(problem)
     return errors
-
-
-def typed(argument):
-    """Return the text that was typed: under an ASCII locale Python reads its bytes as lone surrogates."""
-    return argument.encode('utf-8', 'surrogateescape').decode('utf-8', 'replace')
-
-
-def read_start():
-    """Return the prompt as text; UserError if its file cannot be read as UTF-8."""
-    if not start.startswith('FILE:'):
-        return typed(start)
-    try:
-        return find_path(start[5:]).read_text(encoding='utf-8-sig')  # without the byte order mark of Notepad
-    except OSError as error:
-        raise UserError(f'start={start}: {error.strerror}') from None
-    except UnicodeDecodeError as error:
-        raise UserError(f'start={start}: not UTF-8 at byte {error.start}; save the file as UTF-8') from None
-
-
-def encode_start(text, tok):
-    """Return the ids of the prompt; a written end-of-text mark becomes that token."""
-    parts = [text] if tok.eot is None else text.split(tok.separator)
-    ids = tok.encode(parts[0])
-    for part in parts[1:]:
-        ids += [tok.eot] + tok.encode(part)
-    return ids or tok.start_ids
 
 
 def show(pieces, prompt, live):
@@ -99,30 +81,37 @@ def show(pieces, prompt, live):
             waiting[row] = ''
             if not ended[row]:
                 break
-            print('\n' + '-' * 15)
+            print('\n' + '-' * 15, flush=True)
             row += 1
+        if console.stdout_lost():  # the reader, such as `head`, has ended
+            return
 
 
 def main(argv=None):
     settings = configure(globals(), argv, early={'device': devices.pick_device}, check=check)
     rt = runtime.start(settings)
-    model, tok, _ = load_model(init_from, out_dir, rt.dtype)
+    model, tok, state = load_model(init_from, out_dir, rt.dtype)
     model = model.to(rt.device, rt.dtype)
     if compile:
         model = torch.compile(model)
-    prompt = read_start()
+    prompt = read_prompt(start)
     if not settings.given('start') and tok.kind == 'char' and prompt not in tok.chars:
         prompt = ''  # a text of one line has no newline to begin with
+    prompt, stop_text = fit_to_vocabulary(prompt, typed(stop), tok, fold)
     live = stream if settings.given('stream') else sys.stdout.isatty()
-    pieces = generate_text(model, tok, encode_start(prompt, tok), num_samples, max_new_tokens, stop=typed(stop),
-                           live=live, seed=seed, temperature=temperature, top_k=top_k, top_p=top_p,
-                           repetition_penalty=repetition_penalty)
+    rules = dict(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
+                 repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)
+    if chat:
+        conversation = open_conversation(model, tok, state, max_new_tokens=max_new_tokens, **rules)
+        if settings.given('start'):
+            print_answer(conversation, prompt, live)
+        else:
+            talk(conversation, live)
+        return
+    pieces = generate_text(model, tok, encode_prompt(prompt, tok), num_samples, max_new_tokens, stop=stop_text,
+                           live=live, **rules)
     show(pieces, prompt, live)
 
 
 if __name__ == '__main__':
-    try:
-        main()
-        sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has ended
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    main()

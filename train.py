@@ -9,24 +9,22 @@ Python config files and --key=value flags override the settings below; flags win
 resume. The model is in model.py; with these two files open you see one complete training step.
 """
 import math
-import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, fields
 
 import torch
 
-from configurator import UserError
-from lib.generate import generate_text
+from lib.generate import sample_text
 from lib.machine import device as devices
 from lib.machine import distributed, runtime
 from lib.text import tokenizer
-from lib.text.dataset import eval_starts, split_batches, train_starts
-from lib.training import curves, log, preflight
+from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
+from lib.training import curves, log, plan, preflight, trial
 from lib.training.guard import Guard
-from lib.training.optim import load_optimizer_state, make_optimizer
+from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
-from lib.weights import checkpoint, gpt2, load_model, lora
+from lib.weights import checkpoint, load_model, lora
 from model import GPT, GPTConfig
 
 # output
@@ -137,27 +135,6 @@ def get_lr_scale(iter_num, fraction, by_clock):
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * decayed))
 
 
-def next_windows(fraction, tokens_seen, sequences):
-    """Return (first, offset, context): this update reads `context` tokens from `offset` on in each of its windows.
-
-    Its windows are numbers first to first + sequences. context_warmup: early on a model learns local patterns, so
-    short contexts are enough and give more updates per token (Li et al. 2021, arXiv:2108.06084). A window that was
-    begun is read to its end, so an epoch still reads all of the text once.
-    """
-    if fraction < context_warmup / 2:
-        context = block_size // 4
-    elif fraction < context_warmup:
-        context = block_size // 2
-    else:
-        context = block_size
-    shortest = block_size // 4 if context_warmup else block_size
-    position = tokens_seen // sequences % block_size  # in the present windows
-    offset = position // shortest * shortest
-    while offset % context:
-        context //= 2
-    return (tokens_seen - offset * sequences) // block_size, offset, context
-
-
 @torch.no_grad()
 def estimate_loss(compiled_model, raw_model, rt, batches):
     """Return the mean cross-entropy in nats over the targets of `batches`, which the ranks share.
@@ -171,9 +148,10 @@ def estimate_loss(compiled_model, raw_model, rt, batches):
             raw_model(torch.zeros(1, 1, dtype=torch.int64, device=rt.device))
             continue
         idx, targets = batch
+        n_targets = int((targets != -1).sum())
         model = compiled_model if idx.shape == (batch_size, block_size) else raw_model
         _, loss = model(*rt.to_device(idx, targets))
-        nats, count = nats + loss * targets.numel(), count + targets.numel()
+        nats, count = nats + loss * n_targets, count + n_targets
     raw_model.train()
     nats, count = rt.all_reduce_sum(float(nats), count)
     return nats / count
@@ -190,7 +168,7 @@ def final_losses(compiled_model, raw_model, rt, data):
         n_batches = min(len(split), max_targets or len(split)) // (block_size * batch_size * rt.world_size)
         batches = log.progress(batches, n_batches, 'last evaluation', show=rt.is_master)
         losses.append(estimate_loss(compiled_model, raw_model, rt, batches))
-    return losses, data.val.bits_per_byte(losses[1], len(data.val) - 1)
+    return losses, data.val.bits_per_byte(losses[1], data.val.n_targets)
 
 
 def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
@@ -200,41 +178,29 @@ def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
     """
     losses = []
     for split in (data.train, data.val):
-        starts = eval_starts(len(split), block_size, eval_iters, batch_size)[rt.rank::rt.world_size]
-        batches = (split.batch(row, block_size) for row in starts)
+        starts = eval_starts(len(split), block_size, eval_iters, batch_size, split.dialogues)
+        batches = (split.batch(row, block_size) for row in starts[rt.rank::rt.world_size])
         losses.append(estimate_loss(compiled_model, raw_model, rt, batches))
     guard.check_losses(losses, p.iter_num)
     p.history.append([p.iter_num, *losses])
-    bpb = data.val.bits_per_byte(losses[1], len(data.val))
+    bpb = data.val.bits_per_byte(losses[1])
     record = {'step': p.iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
-              'train_bpb': data.train.bits_per_byte(losses[0], len(data.train)),
+              'train_bpb': data.train.bits_per_byte(losses[0]),
               'tokens': p.tokens_seen, 'minutes': p.minutes}
     if last:
         say('the last evaluation reads the whole validation split')
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
         record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
-    return log.step_line(p.iter_num, *losses, bpb), record
-
-
-def sample_text(model, tok):
-    """Return 200 generated tokens as text. Uses its own random generator, so training is unaffected."""
-    model.eval()
-    try:
-        pieces = generate_text(model, tok, tok.start_ids, 1, 200, seed=seed, temperature=0.8, top_k=200)
-        return ''.join(text for _, text, _ in pieces)
-    except UserError as error:
-        log.warn(f'no sample: {error.message}')
-        return ''
-    finally:
-        model.train()
+    since_best = curves.evaluations_since_best(p.history)
+    return log.step_line(p.iter_num, *losses, bpb, since_best, patience), record
 
 
 def build_model(settings, data, resumed):
-    """Return the model: from a checkpoint, from GPT-2's weights, or initialised from scratch."""
+    """Return the model: from a checkpoint, from another run or GPT-2, or initialised from scratch."""
     if resumed:
         path, state = resumed
         return load_model.model_from_checkpoint(state, path, dropout=dropout)
-    if source := gpt2.find(init_from):
+    if source := load_model.find(init_from):
         model = source.load(dropout=dropout, block_size=block_size)
     else:
         options = {f.name: settings[f.name] for f in fields(GPTConfig) if f.name in settings}
@@ -243,16 +209,6 @@ def build_model(settings, data, resumed):
     if lora_rank:
         lora.adapt(model, lora_rank)
     return model
-
-
-def print_banner(rt, settings, data, model, sequences, by_clock, say):
-    say(f'device: {rt.description}')
-    say(f'recipe: {log.recipe(settings, sys.argv[1:])}; {log.architecture(model.config)}')
-    say(f'number of parameters: {model.get_num_params() / 1e6:.2f}M')
-    say(log.tokens_line(sequences * block_size, len(data.train), 0 if by_clock or context_warmup else max_iters))
-    if context_warmup:
-        say(f'context: {block_size // 4} tokens in the first {context_warmup / 2:.0%} of the run, {block_size // 2} '
-            f'until {context_warmup:.0%}, then {block_size}')
 
 
 def restore(resumed, settings, data, opt, scaler, say):
@@ -291,13 +247,14 @@ def main():
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
     micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
     sequences = micro_steps * batch_size  # per update
-    print_banner(rt, settings, data, raw_model, sequences, by_clock, say)
+    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters):
+        say(line)
     if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
     p = restore(resumed, settings, data, opt, scaler, say) if resumed else Progress()
 
     def try_step(compiled):
-        starts = eval_starts(len(data.train), block_size, 1, batch_size)[0]
+        starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
         compiled(*rt.to_device(*data.train.batch(starts, block_size)))[1].backward()
 
     compiled_model = runtime.compile_or_fall_back(raw_model, rt, settings.given('compile'), try_step)
@@ -308,10 +265,16 @@ def main():
         distributed.finish()
         return
 
+    seconds, n_bytes = trial.probe(lambda: try_step(compiled_model), rt, raw_model, opt)  # two micro-steps, undone
+    job = plan.job_from(settings, raw_model.config, rt.dtype, data, rt.world_size)
+    minutes, line = plan.one_line(job, seconds * micro_steps / rt.world_size, n_bytes, p.iter_num)
+    say(line)
+    if warning := plan.long_run_warning(minutes):
+        warn(warning)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):
         warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')
-    untrained = not resumed and not gpt2.find(init_from)
+    untrained = not resumed and not load_model.find(init_from)
     resumed = None  # frees the checkpoint's tensors
     track, finish_trackers, p.wandb_id = open_trackers(settings, out_dir, p.wandb_id, p.iter_num, rt.is_master)
     if rt.is_master:
@@ -338,7 +301,7 @@ def main():
                  'model': distributed.full_state_dict(raw_model.state_dict(), rt.is_master),
                  'optimizer': distributed.full_state_dict(opt.state_dict(), rt.is_master),
                  'config': dict(settings), 'origins': settings.kinds(), 'format': checkpoint.FORMAT,
-                 'tokenizer': data.tokenizer, 'data': data.fingerprint(), 'rng': rt.rng_states(),
+                 'tokenizer': data.tokenizer, 'chat': data.marks, 'data': data.fingerprint(), 'rng': rt.rng_states(),
                  'scaler': scaler.state_dict()}
         if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, must=must, say=say, warn=warn):
             guard.saved_iter = p.iter_num
@@ -360,7 +323,7 @@ def main():
             if (due or last) and not evaluated:
                 line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
                 if tok and (len(p.history) % sample_interval == 0 or last):
-                    record['sample'] = sample_text(raw_model, tok)
+                    record['sample'] = sample_text(raw_model, tok, data, len(p.history), seed, warn)
                     line += '\n' + textwrap.indent(record['sample'], '    | ', lambda line: True)
                 write_log('eval', line, record)
                 if curves.overfitting_starts(p.history):
@@ -388,19 +351,21 @@ def main():
             lr_scale = get_lr_scale(p.iter_num, fraction, by_clock)
             for group in opt.param_groups:
                 group['lr'] = group['initial_lr'] * lr_scale
-            first, offset, context = next_windows(fraction, p.tokens_seen, sequences)
+            first, offset, context = next_windows(p.tokens_seen, sequences, block_size, fraction, context_warmup)
+            starts = offset + train_starts(seed, len(data.train), block_size, first, sequences, data.train.dialogues)
+            weights = data.train.weights(starts, micro_steps)  # all 1 unless the data has a mask
             total_loss = 0.0
             for micro_step in range(rt.rank, micro_steps, rt.world_size):
-                starts = offset + train_starts(seed, len(data.train), block_size, first + micro_step * batch_size,
-                                               batch_size)
-                idx, targets = rt.to_device(*data.train.batch(starts, context))  # (B, T) each
+                rows = starts[micro_step * batch_size:(micro_step + 1) * batch_size]
+                idx, targets = rt.to_device(*data.train.batch(rows, context))  # (B, T) each
                 distributed.set_grad_sync(model, micro_step + rt.world_size >= micro_steps)  # after the last one only
                 _, loss = model(idx, targets)
-                loss = loss * rt.world_size / micro_steps  # the gradient is the mean over all micro-batches and ranks
+                # the gradient is the mean over the targets of all micro-batches and ranks
+                loss = loss * weights[micro_step] * rt.world_size / micro_steps
                 scaler.scale(loss).backward()
                 total_loss = total_loss + loss.detach()  # stays on the device: no sync
             scaler.unscale_(opt)
-            grad_norm = torch.nn.utils.clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
+            grad_norm = clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
             grad_norm = distributed.full_tensor(grad_norm)
             if guard.allows(opt, total_loss, grad_norm):
                 scaler.step(opt)

@@ -1,8 +1,9 @@
-"""Your Chinese text by GPT-2: put it at data/chinese/input.txt, run `python data/chinese/prepare.py`.
+"""Fine-tune GPT-2 on your Chinese text. Put it at data/chinese/input.txt and run `python data/chinese/prepare.py`.
 
-GPT-2 read hardly any Chinese, and its tokens spend two or three ids on a character: it learns to write from a megabyte
-or more, not to know. A small model of your own with --tokenizer=bpe or char often does better; compare bits per byte
-(python evaluate.py). Needs 6 GB of GPU memory; lower batch_size (and raise gradient_accumulation_steps) first.
+GPT-2 has read hardly any Chinese, and its tokenizer needs two or three tokens per character. From a megabyte of text or
+more it learns to write, but not to know anything. A small model from scratch with --tokenizer=bpe or char is often
+better; compare bits per byte with `python evaluate.py`. Needs 6 GB of GPU memory; if that is too much, lower batch_size
+and raise gradient_accumulation_steps.
 """
 out_dir = 'out-chinese'
 dataset = 'chinese'
@@ -12,18 +13,19 @@ wandb_run_name = 'finetune'
 init_from = 'gpt2'
 dropout = 0.1
 
-# 4 x 512 x 8 = 16,384 tokens an iteration, some 7,000 characters
+# 4 x 512 x 8 = 16,384 tokens per update, about 7,000 characters
 block_size = 512
 batch_size = 4
 gradient_accumulation_steps = 8
 max_iters = 2000
 eval_interval = 100
 eval_iters = 50
-patience = 5
+patience = 5  # stop after five evaluations without a better one
 log_interval = 10
 
 learning_rate = 2e-4  # higher than for English: there is more to learn than to keep
 warmup_iters = 100
 
-if device == 'cpu':
-    block_size, batch_size, max_iters = 128, 4, 200
+if not device.startswith('cuda'):  # a CPU or a Mac
+    block_size = 128
+    max_iters = 200

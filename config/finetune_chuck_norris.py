@@ -1,28 +1,33 @@
-"""Chuck Norris facts by GPT-2: prepare with `python data/chucknorris/prepare.py`.
+"""Fine-tune GPT-2 on Chuck Norris facts. Prepare them with `python data/chucknorris/prepare.py`.
 
-Needs 3 GB of GPU memory; --init_from=gpt2-medium needs 7 and --init_from=gpt2-large 14. When that is too much lower
-batch_size (and raise gradient_accumulation_steps), then block_size.
+This is the recipe of the WHY42 tutorial, which ended at a training loss of 2.4478 and a validation loss of 3.3339.
+20 updates read the 1,500 facts several times, so the model begins to memorise them.
+config/finetune_chuck_norris_better.py lowers the rate and keeps the best model.
+
+Needs 7 GB of GPU memory; --init_from=gpt2 needs 3, --init_from=gpt2-large 14.
 """
-out_dir = 'out-chucknorris'
+out_dir = 'out-chuck-norris'
 dataset = 'chucknorris'
-wandb_project = 'chucknorris'
-wandb_run_name = 'finetune'
+wandb_project = 'chuck-norris'
+wandb_run_name = 'mini-gpt'
 
-init_from = 'gpt2'
-dropout = 0.1
+init_from = 'gpt2-medium'
 
-# facts are a line long, so 256 tokens hold several: 8 x 256 x 4 = 8,192 tokens an iteration
-block_size = 256
-batch_size = 8
-gradient_accumulation_steps = 4
-max_iters = 200
-eval_interval = 20
-eval_iters = 10
-patience = 3  # stop when three evaluations brought nothing better
-log_interval = 10
+# 1 sequence x 1024 tokens x 32 micro-batches = 32,768 tokens per update
+batch_size = 1
+gradient_accumulation_steps = 32
+max_iters = 20
+eval_interval = 5
+eval_iters = 40
+log_interval = 1
+always_save_checkpoint = False  # keep the model with the lowest validation loss
 
-learning_rate = 5e-5
-warmup_iters = 10  # then the cosine, over max_iters
+learning_rate = 3e-5  # as in nanoGPT's fine-tuning config
+decay_lr = False
+warmup_iters = 0
 
-if device == 'cpu':
-    block_size, batch_size, max_iters = 128, 4, 60
+if not device.startswith('cuda'):  # a CPU or a Mac: the smallest GPT-2, on short windows
+    init_from = 'gpt2'
+    block_size = 128
+    gradient_accumulation_steps = 8
+    eval_iters = 10

@@ -1,10 +1,28 @@
-"""Put after any other config: GPT-2's architecture, AdamW and the cosine schedule, with nanoGPT's rates."""
-pos, norm, mlp = 'learned', 'layernorm', 'gelu'
-qk_norm, tie_weights, softcap, smear = False, True, 0.0, False
-optimizer, beta1, weight_decay, grad_clip = 'adamw', 0.9, 0.1, 1.0
-lr_schedule, decay_lr, context_warmup = 'cosine', True, 0.0
-_small = n_embd < 768
-learning_rate = 1e-3 if _small else 6e-4  # small networks bear more
-min_lr = learning_rate / 10
-beta2 = 0.99 if _small else 0.95  # few tokens an iteration: average over more of them
-warmup_iters = 100 if _small else 2000
+"""GPT-2's architecture, AdamW and the cosine schedule with nanoGPT's learning rates. Put it after any other config:
+`python train.py config/train_shakespeare_char.py config/gpt2_classic.py`.
+"""
+pos = 'learned'
+norm = 'layernorm'
+mlp = 'gelu'
+qk_norm = False
+tie_weights = True
+softcap = 0.0
+smear = False
+
+optimizer = 'adamw'
+learning_rate = 6e-4
+min_lr = 6e-5
+beta1 = 0.9
+beta2 = 0.95
+weight_decay = 0.1
+grad_clip = 1.0
+decay_lr = True
+lr_schedule = 'cosine'
+warmup_iters = 2000
+context_warmup = 0.0
+
+if n_embd < 768:  # a small network, as in nanoGPT's config for Shakespeare
+    learning_rate = 1e-3  # small networks tolerate high rates
+    min_lr = 1e-4
+    beta2 = 0.99  # few tokens per update: average over more updates
+    warmup_iters = 100

@@ -1,16 +1,16 @@
-"""GPT-2 of 124M parameters from scratch on OpenWebText: nanoGPT reached a loss of about 2.85 in 4 days on 8 A100.
+"""GPT-2 with 124M parameters from scratch on OpenWebText. nanoGPT reached a loss of about 2.85 in 4 days on 8 A100.
 
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
 
-On one GPU the same command without torchrun does the same work eight times as slowly.
+On one GPU, `python train.py config/train_gpt2.py` does the same work in eight times the time.
 """
 out_dir = 'out-gpt2'
 dataset = 'openwebtext'
 wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
-# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens an iteration, over all GPUs together
-batch_size = 12  # for 24 GB or more; on 16 GB --batch_size=4 --gradient_accumulation_steps=120 is the same iteration
+# 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens per update, over all GPUs together
+batch_size = 12  # for 24 GB or more; on 16 GB --batch_size=4 --gradient_accumulation_steps=120 is the same update
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 

@@ -3,6 +3,7 @@
 Shapes: B samples of the same prompt, V tokens of the tokenizer (the model may be padded to more), K candidates.
 """
 import codecs
+import math
 from itertools import islice
 
 import numpy as np
@@ -40,6 +41,25 @@ def filter_top_k_top_p(logits, top_k, top_p):
     return logits, ids
 
 
+def filter_min_p(logits, min_p):
+    """Set the tokens whose probability is below min_p times that of the most likely one to -inf (arXiv:2407.01082)."""
+    return logits.masked_fill(logits < logits.amax(-1, keepdim=True) + math.log(min_p), -torch.inf)
+
+
+def forbid_repeated_ngrams(logits, idx, n):
+    """Set the tokens that would complete an n-gram of `idx` a second time to -inf.
+
+    logits: (B, V). idx: (B, T), the tokens so far. If that forbids every token, the row is unchanged.
+    """
+    if idx.size(1) < n:
+        return logits
+    ngrams = idx.unfold(1, n, 1)  # (B, T - n + 1, n)
+    newest = idx[:, None, idx.size(1) - n + 1:]  # (B, 1, n - 1): what the next token would complete
+    repeats = (ngrams[:, :, :-1] == newest).all(-1)  # (B, T - n + 1)
+    forbidden = torch.zeros_like(logits).scatter_add_(1, ngrams[:, :, -1], repeats.to(logits.dtype)) > 0
+    return logits.masked_fill(forbidden & ~forbidden.all(-1, keepdim=True), -torch.inf)
+
+
 def sample_index(logits, uniform):
     """Return an index (B,) drawn from each row of logits (B, K) with one number in [0, 1) per row: uniform (B,)."""
     cdf = logits.softmax(-1).cumsum(-1)
@@ -47,17 +67,21 @@ def sample_index(logits, uniform):
     return (cdf <= u).sum(-1).clamp(max=logits.size(-1) - 1)  # an entry of probability 0 equals the previous one
 
 
-def sample_next_token(logits, uniform=None, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0):
+def sample_next_token(logits, uniform=None, seen=None, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0,
+                      repetition_penalty=1.0):
     """Return the next ids (B,) for logits (B, V); -1 in a row that holds NaN or overflowed.
 
     uniform: (B,), see sample_index. seen: (B, V) bool, the tokens so far, for the penalty. temperature 0 is greedy;
-    top_k 0, top_p 1 and repetition_penalty 1 are off.
+    top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
     """
     if seen is not None:
         logits = apply_repetition_penalty(logits, seen, repetition_penalty)
     best, ids = logits.max(-1)
     if temperature > 0:
-        logits, candidates = filter_top_k_top_p(logits / temperature, top_k, top_p)
+        logits = logits / temperature
+        if min_p > 0:
+            logits = filter_min_p(logits, min_p)
+        logits, candidates = filter_top_k_top_p(logits, top_k, top_p)
         ids = sample_index(logits, uniform)
         if candidates is not None:
             ids = candidates.gather(1, ids[:, None])[:, 0]
@@ -86,11 +110,12 @@ def prefill(model, prompt, num_samples, dtype):
 
 
 @torch.inference_mode()
-def generate(model, prompt, num_samples, max_new_tokens, *, valid_vocab=None, seed=1337, **rules):
+def generate(model, prompt, num_samples, max_new_tokens, *, valid_vocab=None, seed=1337, no_repeat_ngram=0, **rules):
     """Yield the next token of all samples, (B,) ids on the model's device, max_new_tokens times.
 
     model: a GPT in eval mode. prompt: a list of at least one id; the model reads the last block_size. valid_vocab:
-    ids from here on are never chosen. rules: see sample_next_token. When the context is full, its newest
+    ids from here on are never chosen. no_repeat_ngram: no sequence of so many tokens occurs twice, prompt included;
+    0 = off. rules: see sample_next_token. When the context is full, its newest
     KEEP_ON_SLIDE is read again. Nothing synchronises with the device; a -1 means that the model's output is not finite.
     """
     device, block_size = model.lm_head.weight.device, model.config.block_size
@@ -112,6 +137,8 @@ def generate(model, prompt, num_samples, max_new_tokens, *, valid_vocab=None, se
             cache.pos = 0
             logits, _ = model(idx[:, end - kept:end], cache=cache)
         logits = logits[:, -1, :valid_vocab].float().expand(num_samples, -1)  # (B, V)
+        if no_repeat_ngram:
+            logits = forbid_repeated_ngrams(logits, idx[:, :end], no_repeat_ngram)
         ids = sample_next_token(logits, uniform[:, end - T], seen, **rules)
         idx[:, end] = ids.clamp(min=0)
         if seen is not None:
@@ -161,3 +188,24 @@ def generate_text(model, tok, prompt, num_samples, max_new_tokens, *, stop='', l
                 raise UserError(f'the model computes NaN or infinity in {model.dtype} on '
                                 f'{model.lm_head.weight.device}; try --dtype=float32 or --device=cpu')
             yield i, decoder.feed(ids, last=left == 0), decoder.done
+
+
+def sample_text(model, tok, data, number, seed, warn):
+    """Return 200 generated tokens as text for the log of a training run; '' after a warning if the model cannot.
+
+    If the data is dialogues: validation dialogue `number` up to its first answer, and the model's answer. Uses its own
+    random numbers, so training is unaffected. The model is in training mode before and after.
+    """
+    prompt, shown, stop = tok.start_ids, '', ''
+    if data.marks:
+        prompt, stop = data.val.prompt(number), data.marks['end']
+        shown = tok.decode(prompt)
+    model.eval()
+    try:
+        pieces = generate_text(model, tok, prompt, 1, 200, stop=stop, seed=seed, temperature=0.8, top_k=200)
+        return shown + ''.join(text for _, text, _ in pieces)
+    except UserError as error:
+        warn(f'no sample: {error.message}')
+        return ''
+    finally:
+        model.train()

@@ -72,6 +72,13 @@ def write_dataset(folder, ids, val_ids=None, chars=string.ascii_letters[:16], n_
     return folder
 
 
+@pytest.fixture(autouse=True)
+def no_pictures(request, monkeypatch):
+    """Let training end without drawing loss.png, which takes a second; tests of pictures use the mark `pictures`."""
+    if not request.node.get_closest_marker('pictures'):
+        monkeypatch.setattr('lib.training.curves.draw_loss', lambda out_dir: None)
+
+
 @pytest.fixture
 def workdir(tmp_path, monkeypatch):
     """A working directory with a dataset data/tiny: 2000 tokens, 16 characters, each following from the last."""

@@ -76,12 +76,13 @@ def test_a_folder_in_the_working_directory_comes_before_the_repositorys(workdir)
 
 def test_a_written_dataset_is_read_with_its_bytes_and_checksums(prepare, tmp_path):
     data = prepare(put(tmp_path / 'book.txt', TEXT))
-    spec, vocab_size, files = data_folder.read('book')
+    spec, vocab_size, files, marks = data_folder.read('book')
     assert spec == data.meta['tokenizer'] and vocab_size == data.meta['vocab_size']
-    for split, (path, ids, n_bytes, sha256) in files.items():
+    assert marks is None
+    for split, (path, ids, n_bytes, sha256, mask) in files.items():
         facts = data.meta['splits'][split]
         assert path.name == f'{split}.bin' and (ids == data.ids[split]).all()
-        assert n_bytes == facts['n_bytes'] and sha256 == facts['sha256']
+        assert n_bytes == facts['n_bytes'] and sha256 == facts['sha256'] and mask is None
 
 
 def test_without_meta_json_the_characters_are_those_of_meta_pkl(tiny):
@@ -91,7 +92,7 @@ def test_without_meta_json_the_characters_are_those_of_meta_pkl(tiny):
 
 def test_without_meta_json_and_meta_pkl_the_ids_are_gpt2s(tiny):
     (tiny / 'meta.json').unlink()
-    spec, vocab_size, files = data_folder.read('tiny')
+    spec, vocab_size, files, _ = data_folder.read('tiny')
     assert spec == {'kind': 'gpt2'} and vocab_size == 50257 and files['val'][2] == 0
 
 

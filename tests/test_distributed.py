@@ -12,6 +12,7 @@ from kit import Ranks, differences, load, trained_part
 from configurator import Settings, UserError
 from lib.machine import distributed, runtime
 from lib.machine.runtime import Runtime
+from lib.training import optim
 
 FLAGS = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=10', '--eval_interval=5', '--lr_decay_iters=20',
          '--dist_timeout=200', '--eval_iters=3']
@@ -21,14 +22,15 @@ BOTH = pytest.mark.parametrize('parallel', ['ddp', 'fsdp'])
 KEEP_GRADIENTS = """
 import torch
 from lib.machine import distributed
-real, calls = torch.nn.utils.clip_grad_norm_, []
+from lib.training import optim
+real, calls = optim.clip_grad_norm_, []
 def clip_grad_norm_(params, most):
     params = list(params)
     if not calls:
         calls.append([distributed.full_state_dict(p.grad.detach()).clone() for p in params])
         torch.save(calls[0], f'gradients{rank}.pt')
     return real(params, most)
-torch.nn.utils.clip_grad_norm_ = clip_grad_norm_
+optim.clip_grad_norm_ = clip_grad_norm_
 """
 PRINT_SHARDS = """
 from lib.machine import distributed
@@ -101,7 +103,7 @@ def trained(run, workdir, monkeypatch, folders):
         if kind not in folders:
             flags = [*FLAGS, '--out_dir=trained']
             if kind == 'one':
-                monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', torch.nn.utils.clip_grad_norm_)  # undone later
+                monkeypatch.setattr(optim, 'clip_grad_norm_', optim.clip_grad_norm_)  # undone later
                 exec(KEEP_GRADIENTS, {'rank': 'alone'})
                 outcomes = [(run('train.py', *flags).status, '', '')]
             else:

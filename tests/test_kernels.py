@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 
 import kernels
+from model import GPT, GPTConfig
 
 
 def random(*shape, seed=1, dtype=torch.float32):
@@ -49,6 +50,29 @@ def test_attention_is_the_softmax_formula(T, S, dtype, tolerance):
     scores = scores.masked_fill(torch.arange(S) > torch.arange(S - T, S)[:, None], -math.inf)
     out = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype))
     torch.testing.assert_close(out.float(), scores.softmax(-1) @ v, rtol=tolerance, atol=tolerance)
+
+
+def double(*shape, seed):
+    return random(*shape, seed=seed, dtype=torch.float64).requires_grad_()
+
+
+@pytest.mark.parametrize('dropout_p', [0.0, 0.3])
+def test_attention_has_the_gradients_of_its_formula(dropout_p):
+    def attention(q, k, v):
+        torch.manual_seed(0)  # the same dropout each time
+        return kernels.causal_attention(q, k, v, dropout_p)
+    q, k, v = (double(1, 5, 2, 4, seed=seed).transpose(1, 2) for seed in (1, 2, 3))  # laid out as in the model
+    torch.autograd.gradcheck(attention, (q, k, v))
+
+
+def test_rotation_has_the_values_and_gradients_of_its_formula():
+    angle = random(5, 1, 1, 3, seed=2, dtype=torch.float64)
+    cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
+    x = double(2, 5, 2, 4, 6, seed=1)
+    first, second = x.chunk(2, -1)
+    expected = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
+    torch.testing.assert_close(kernels.rotate(x, cos, sin), expected)
+    torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (x,))
 
 
 def test_attention_with_dropout_is_attention_on_average():
@@ -121,8 +145,42 @@ def test_softcap_bounds_the_logits_and_zero_switches_it_off():
     torch.testing.assert_close(kernels.softcap(x, 30.0), 30 * torch.tanh(x / 30))
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 0.02)], ids=str)
+@pytest.mark.parametrize('options', [{}, dict(pos='rope', norm='rmsnorm', mlp='relu2', qk_norm=True, smear=True)],
+                         ids=['gpt2', 'CPU recipe'])
+def test_a_model_has_the_same_loss_and_gradients_without_the_kernels(options, dtype, tolerance, monkeypatch):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(block_size=32, vocab_size=20, n_layer=2, n_head=2, n_embd=64, **options))
+    for p in net.parameters():
+        p.data += torch.randn(p.shape) * 0.1
+    net.set_compute_dtype(dtype)
+    idx, found = torch.randint(20, (4, 32)), []
+    for enabled in (True, False):
+        monkeypatch.setattr(kernels, 'ENABLED', enabled)
+        net.zero_grad()
+        _, loss = net(idx, idx.roll(1, 1))
+        loss.backward()
+        found.append((loss.detach(), torch.cat([p.grad.flatten() for p in net.parameters()])))
+    (loss, grads), (plain_loss, plain_grads) = found
+    assert abs(loss - plain_loss) < tolerance and (grads - plain_grads).norm() < tolerance * plain_grads.norm()
+    assert not torch.equal(grads, plain_grads)  # the kernels did run
+
+
 def test_disabled_kernels_are_torchs_own(monkeypatch):
     monkeypatch.setattr(kernels, 'ENABLED', False)
     x = random(3, 8).requires_grad_()
     assert torch.equal(kernels.rms_norm(x), F.rms_norm(x, (8,), eps=torch.finfo(torch.float32).eps))
     assert torch.equal(kernels.relu_squared(x), F.relu(x).square())
+
+
+def test_the_weights_of_all_layers_are_cast_into_one_tensor_and_used_once():
+    net = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
+    net.set_compute_dtype(torch.bfloat16)
+    kernels.cast_weights(net.linears, torch.bfloat16)
+    for layer in net.linears:
+        assert torch.equal(layer.cast, layer.weight.bfloat16())
+        layer.cast.sum().backward(retain_graph=True)
+        assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+    assert len({layer.cast.untyped_storage().data_ptr() for layer in net.linears}) == 1
+    net(torch.zeros(1, 4, dtype=torch.long))
+    assert len(net.linears) == 8 and all(layer.cast is None for layer in net.linears)  # else they would get stale

@@ -107,7 +107,7 @@ def test_generation_passes_contiguous_queries_to_attention(monkeypatch):
 
 def test_rotation_keeps_norms_and_depends_on_the_distance_only():
     rope, x = model.precompute_rope(12, 8), torch.randn(2, 8)
-    turned = model.apply_rotary_emb(x[:, None, None].expand(2, 12, 1, 8), rope)[:, :, 0]  # q and k at each position
+    turned = model.apply_rotary_emb(x[:, None, None, None].expand(2, 12, 1, 1, 8), rope)[:, :, 0, 0]  # (2, 12, 8)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1)[:, None].expand(2, 12))
     dot = [float(turned[0, t] @ turned[1, t + 3]) for t in range(9)]
     assert max(dot) - min(dot) < 1e-5
@@ -276,12 +276,12 @@ def test_an_untied_embedding_multiplies_nothing():
 def test_cropping_keeps_what_is_left(pos):
     net, idx = make(pos=pos), tokens(T=5)
     whole = logits_of(net, idx)
-    net.crop_block_size(5)
+    gpt2.crop_block_size(net, 5)
     assert net.config.block_size == 5 and torch.equal(logits_of(net, idx), whole)
     with pytest.raises(ValueError, match='6 tokens are more than block_size=5'):
         net(tokens(T=6))
     with pytest.raises(ValueError, match='has 5 positions'):
-        net.crop_block_size(9)
+        gpt2.crop_block_size(net, 9)
 
 
 def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
@@ -302,5 +302,5 @@ def test_an_impossible_model_is_refused_with_the_numbers(wrong, message):
 
 
 def test_uninitialized_builds_in_the_dtype_and_leaves_torchs_default():
-    net = GPT.uninitialized(GPTConfig(12, 20, 1, 2, 16), torch.bfloat16)
+    net = gpt2.uninitialized(GPTConfig(12, 20, 1, 2, 16), torch.bfloat16)
     assert {p.dtype for p in net.parameters()} == {torch.bfloat16} and torch.get_default_dtype() == torch.float32

@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import REPO, UserError
-from lib.training.optim import load_optimizer_state, make_optimizer, newton_schulz
+from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer, newton_schulz
 from model import GPT, GPTConfig
 from tests.kit import differences
 
@@ -156,6 +156,29 @@ def test_a_deeper_model_takes_no_more_operations_per_update_of_muon():
             opt.step()
         return counter.count
     assert count(4) == count(2) < 100
+
+
+@pytest.mark.parametrize('max_norm', [0.5, 100.0, float('inf')])
+def test_clipping_gives_the_norm_and_the_gradients_of_torchs(max_norm):
+    net, other = tiny(), tiny()
+    for p, q in zip(net.parameters(), other.parameters()):
+        p.grad = torch.randn_like(p)
+        q.grad = p.grad.clone()
+    norm = clip_grad_norm_(net.parameters(), max_norm)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(other.parameters(), max_norm))
+    for p, q in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_clipping_a_deeper_model_takes_no_more_operations():
+    def count(n_layer):
+        net = GPT(GPTConfig(8, 16, n_layer, 2, 16))
+        for p in net.parameters():
+            p.grad = torch.randn_like(p)
+        with WorkCounter() as counter:
+            clip_grad_norm_(net.parameters(), 1.0)
+        return counter.count
+    assert count(4) == count(2) < 10
 
 
 def test_a_bad_update_leaves_weights_and_momenta_as_they_are():

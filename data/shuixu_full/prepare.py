@@ -1,6 +1,6 @@
 """Water Margin and its sequels (15.3 MB) in GPT-2's BPE. The lines are shuffled, in the same order every time.
 
-    python data/shuixu_full/prepare.py --input=FOLDER_WITH_THE_BOOKS
+    python data/shuixu_full/prepare.py [--input=FOLDER_WITH_THE_BOOKS]
 
 Shuffling gives the validation split the same mix of books and authors as the training split.
 """
@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib.text.prepare import prepare
-
-WHERE = 'The books are in the public domain: https://zh.wikisource.org has 水滸傳, 水滸後傳, 蕩寇志 and more'
+from lib.text.sources import SHUIXU_FULL
 
 
 def shuffle_lines(text):
@@ -22,4 +21,4 @@ def shuffle_lines(text):
 
 
 if __name__ == '__main__':
-    prepare(__file__, where=WHERE, rewrite=shuffle_lines, tokenizer='gpt2')
+    prepare(__file__, source=SHUIXU_FULL.fetch, rewrite=shuffle_lines, tokenizer='gpt2')

@@ -15,7 +15,7 @@ from itertools import chain, islice
 import numpy as np
 
 from configurator import UserError
-from lib.text import read_text
+from lib.text import dialogue, read_text
 from lib.text.tokenizer import encoded, from_spec
 
 WINDOW = 10_000  # characters: how far back from the end of a chunk to look for a safe place to split
@@ -90,36 +90,58 @@ def gather(stream, safe_split, append_separator):
             yield split, pieces[split] + [(rest[split], False)]
 
 
+def gather_dialogues(stream):
+    """Gather (split, dialogue, True) into chunks (split, dialogues) of about read_text.CHUNK characters."""
+    dialogues, size = {'train': [], 'val': []}, {'train': 0, 'val': 0}
+    for split, one, _ in stream:
+        dialogues[split].append(one)
+        size[split] += dialogue.counts([one])[0]
+        if size[split] >= read_text.CHUNK:
+            yield split, dialogues[split]
+            dialogues[split], size[split] = [], 0
+    for split in ('train', 'val'):
+        if dialogues[split]:
+            yield split, dialogues[split]
+
+
 # From chunks to token ids
 
-_worker_tokenizer = None  # in a worker process: its tokenizer
+_worker_tokenizer = _worker_marks = None  # in a worker process
 
 
-def _start_worker(spec):
-    global _worker_tokenizer
-    _worker_tokenizer = from_spec(spec)
+def _start_worker(spec, marks):
+    global _worker_tokenizer, _worker_marks
+    _worker_tokenizer, _worker_marks = from_spec(spec), marks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
 
 
-def _tokenize_chunk(split, pieces, tokenizer=None):
-    """Return (split, ids, n_chars, n_bytes) of a chunk; tokenizer: None in a worker process."""
+def _tokenize_chunk(split, pieces, tokenizer=None, marks=None):
+    """Return (split, ids, n_chars, n_bytes) of a chunk, then the mask and the bytes of answers if it has dialogues.
+
+    tokenizer, marks: None in a worker process.
+    """
+    tokenizer, marks = tokenizer or _worker_tokenizer, marks or _worker_marks
+    if marks:
+        ids, mask = dialogue.pack(tokenizer, pieces, marks)
+        n_chars, n_bytes, answer_bytes = dialogue.counts(pieces)
+        return split, ids, n_chars, n_bytes, mask, answer_bytes
     text = ''.join([text for text, _ in pieces])
-    return split, (tokenizer or _worker_tokenizer).encode_documents(pieces), len(text), len(encoded(text))
+    return split, tokenizer.encode_documents(pieces), len(text), len(encoded(text))
 
 
 def cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
-def tokenize(chunks, tokenizer, n_processes):
-    """Yield the tokenized chunks in order; only a few of them are in memory at a time."""
+def tokenize(chunks, tokenizer, n_processes, marks=None):
+    """Yield the tokenized chunks in order; only a few of them are in memory at a time. marks: those of dialogues."""
     first = list(islice(chunks, 4))
     # char and byte are table look-ups, faster than sending the text to another process
     if n_processes < 2 or len(first) < 4 or tokenizer.kind in ('char', 'byte'):
         for split, pieces in chain(first, chunks):
-            yield _tokenize_chunk(split, pieces, tokenizer)
+            yield _tokenize_chunk(split, pieces, tokenizer, marks)
         return
-    pool = ProcessPoolExecutor(n_processes, initializer=_start_worker, initargs=(tokenizer.spec,))
+    pool = ProcessPoolExecutor(n_processes, initializer=_start_worker, initargs=(tokenizer.spec, marks))
     try:
         pending = deque()
         for chunk in chain(first, chunks):

@@ -1,7 +1,8 @@
 """The folder of a prepared dataset, data/NAME/: written whole, and verified when it is read.
 
     train.bin, val.bin   token ids without a header, little-endian uint16 or uint32
-    meta.json            written last: the tokenizer, the dtype, and the size and sha256 of each .bin file
+    train.mask, val.mask only if the data has answers: one byte per token, 1 if it is a target of the loss, else 0
+    meta.json            written last: the tokenizer, the dtype, size and sha256 of each file, the marks of dialogues
     UNFINISHED           exists while prepare renames its files; a folder that still contains it is refused
 
 A folder with .bin files and no meta.json is nanoGPT's: uint16 ids of the characters in meta.pkl, else of GPT-2's BPE.
@@ -15,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import REPO, UserError
+from lib.text import dialogue
 from lib.text.schema import load_plain_pickle, parse_json, spec_problem
 from lib.text.tokenizer import CharTokenizer, TextError, from_spec
 
@@ -68,6 +70,8 @@ def read_meta(path):
             raise ValueError(f'vocab_size is {meta["vocab_size"]!r}, its tokenizer has {vocab_size}')
         if meta.get('sha256', digest(meta)) != digest(meta):  # another program may leave it out
             raise ValueError('it was changed since prepare wrote it: its sha256 differs')
+        if 'chat' in meta:
+            dialogue.check_meta(meta)
         return meta
     except FileNotFoundError:
         return None
@@ -156,10 +160,12 @@ def _read_ids(path, dtype, expected, vocab_size):
 
 
 def read(name):
-    """Return (tokenizer spec, vocab_size, {'train': (path, ids, n_bytes, sha256), 'val': ...}) of dataset `name`.
+    """Return (tokenizer spec, vocab_size, {'train': (path, ids, n_bytes, sha256, mask), 'val': ...}, marks).
 
-    ids: (n_tokens,) uint16 or uint32. n_bytes: the UTF-8 bytes of the text, 0 if unknown. Sizes and the largest id
-    are always checked, the sha256 of files under 256 MB. UserError names the file, what is wrong, and what to do.
+    ids: (n_tokens,) uint16 or uint32. mask: (n_tokens,) uint8, or None if every token is a target. n_bytes: the UTF-8
+    bytes of the text, or of its answers if there is a mask; 0 if unknown. marks: those of dialogues, else None. Sizes
+    and the largest id are always checked, the sha256 of files under 256 MB. UserError names the file, what is wrong,
+    and what to do.
     """
     path = folder(name)
     if not path.is_dir():
@@ -176,12 +182,20 @@ def read(name):
         spec, dtype, facts = meta['tokenizer'], np.dtype(meta['dtype']).newbyteorder('<'), meta['splits']
     else:
         spec, dtype, facts = tokenizer_spec(path), np.dtype('<u2'), {}
+    marks = meta and meta.get('chat')
     vocab_size, files = from_spec(spec).vocab_size, {}
     for split in SPLITS:
         bin_path, expected = path / f'{split}.bin', facts.get(split, {})
         ids, sha256 = _read_ids(bin_path, dtype, expected, vocab_size)
-        files[split] = bin_path, ids, expected.get('n_bytes') or 0, sha256
-    return spec, vocab_size, files
+        mask, n_bytes = None, expected.get('n_bytes') or 0
+        if marks:
+            mask, n_bytes = dialogue.read_mask(path / f'{split}.mask', expected, IN_MEMORY), expected['answer_bytes']
+            sha256 += f' {expected["mask_sha256"]}'
+        elif (path / f'{split}.mask').exists():
+            raise UserError(f'{path / f"{split}.mask"} is not mentioned in meta.json, so nobody knows whether it '
+                            'belongs to the data; remove it, or run prepare.py again')
+        files[split] = bin_path, ids, n_bytes, sha256, mask
+    return spec, vocab_size, files, marks
 
 
 def describe_existing(path):
@@ -226,28 +240,38 @@ class _SplitWriter:
                 'sha256': self.hash.hexdigest()}
 
 
-def write(path, tokenizer, chunks, source=''):
-    """Write train.bin, val.bin and meta.json to folder `path`, all of them or none.
+def write(path, tokenizer, chunks, source='', marks=None):
+    """Write train.bin, val.bin, their masks if there are marks, and meta.json to folder `path`, all of them or none.
 
-    chunks: an iterable of (split, ids, n_chars, n_bytes). source: the name of the text, as the user gave it.
-    Returns (the contents of meta.json, n_chars of the whole text). UserError if a split gets no token.
+    chunks: an iterable of (split, ids, n_chars, n_bytes), with marks also mask, answer_bytes. source: the name of the
+    text, as the user gave it. Returns (the contents of meta.json, n_chars of the whole text). UserError if a split
+    gets no token.
     """
     path.mkdir(parents=True, exist_ok=True)
     temp_meta, n_chars, files = path / 'meta.json.tmp', 0, {}
     try:
         for split in SPLITS:
-            files[split] = _SplitWriter(path / f'{split}.bin')
-        for split, ids, chars, n_bytes in chunks:
-            files[split].add(ids, n_bytes)
+            files[f'{split}.bin'] = _SplitWriter(path / f'{split}.bin')
+            if marks:
+                files[f'{split}.mask'] = _SplitWriter(path / f'{split}.mask')
+        for split, ids, chars, n_bytes, *masked in chunks:
+            files[f'{split}.bin'].add(ids, n_bytes)
+            if masked:
+                files[f'{split}.mask'].add(*masked)
             n_chars += chars
         meta = {'format': 1, 'tokenizer': tokenizer.spec, 'vocab_size': tokenizer.vocab_size,
                 'dtype': 'uint16' if tokenizer.dtype == '<u2' else 'uint32', 'source': source,
-                'splits': {split: file.finish() for split, file in files.items()}}
+                'splits': {split: files[f'{split}.bin'].finish() for split in SPLITS}}
+        if marks:
+            meta['chat'] = marks
         for split, facts in meta['splits'].items():
             if not facts['n_tokens']:
                 raise UserError(f'the {split} split is empty: {n_chars:,} characters are too few to divide; '
                                 'give more text, or change --val_fraction')
             assert facts['max_id'] < tokenizer.vocab_size, (facts, tokenizer.vocab_size)
+            if marks:
+                mask = files[f'{split}.mask'].finish()
+                facts.update(mask_sha256=mask['sha256'], answer_bytes=mask['n_bytes'])
         meta['sha256'] = digest(meta)
         with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
             json.dump(meta, file)
@@ -255,8 +279,11 @@ def write(path, tokenizer, chunks, source=''):
             os.fsync(file.fileno())
         unfinished = path / 'UNFINISHED'
         unfinished.touch()
-        for split, file in files.items():
-            os.replace(file.temp, path / f'{split}.bin')
+        for name, file in files.items():
+            os.replace(file.temp, path / name)
+        if not marks:  # those of dialogues that were there before
+            for split in SPLITS:
+                (path / f'{split}.mask').unlink(missing_ok=True)
         os.replace(temp_meta, path / 'meta.json')
         unfinished.unlink()
     finally:

@@ -4,6 +4,7 @@ Each data/NAME/prepare.py calls `prepare` with what is special about its text. T
 (text, is_last), see lib/text/read_text.py, and goes from there to train and val, to chunks, to token ids, to files.
 """
 import ast
+import json
 import re
 import sys
 from itertools import chain
@@ -12,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import REPO, UserError, configure, find_path
-from lib.text import chunks, data_folder, read_text
+from lib.text import advice, chunks, data_folder, dialogue, read_text
 from lib.text import tokenizer as tokenizers
 
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
@@ -21,12 +22,15 @@ input = ''  # files, folders, globs, https://... or hub:NAME#SPLIT; repeat the f
 val_input = ''  # a separate validation text, given in the same way; '' = split the input
 val_fraction = 0.1  # fraction of the input that becomes the validation split
 text_key = 'text'  # key of the text in JSON lines and parquet; several are joined: title,content
+prompt_key = ''  # key of the question, for rows of questions and answers; several are joined: title,desc
+answer_key = ''  # key of the answer, the only part that is learned
 encoding = 'utf-8'  # of text files, for example gb18030
 # Result
 name = ''  # write to data/NAME/ of the repository; '' = the script's folder, or data/text: named after the input
-tokenizer = 'char'  # char | byte | gpt2 | bpe (trained on this text)
+tokenizer = 'char'  # char | byte | gpt2 | bpe (trained on this text) | a run's or dataset's folder, to reuse its own
 vocab_size = 4096  # number of ids of a trained bpe
 num_proc = 0  # processes that tokenize with a BPE; 0 = one per core; the result is the same for any number
+show = ''  # print how this text is split into tokens, and nothing else; '' = off
 # --------------------------------------------------------------------------------------------------------------------
 
 _TINY = 5_000  # characters; a warning is printed for a shorter text
@@ -36,14 +40,17 @@ _KINDS = ('char', 'byte', 'gpt2', 'bpe')
 def _check(settings):
     """Return a list of error messages about the settings of a prepare script; empty if they are valid."""
     problems = []
-    if settings['tokenizer'] not in _KINDS:
-        problems.append(f"tokenizer={settings['tokenizer']}: expected one of {', '.join(_KINDS)}")
+    if settings['tokenizer'] not in _KINDS and not find_path(settings['tokenizer']).is_dir():
+        problems.append(f"tokenizer={settings['tokenizer']}: expected one of {', '.join(_KINDS)}, or the folder of a "
+                        'run or a dataset')
     if not 0 < settings['val_fraction'] < 1:
         problems.append(f"val_fraction={settings['val_fraction']}: expected more than 0 and less than 1")
     if settings['vocab_size'] < 257:
         problems.append(f"vocab_size={settings['vocab_size']}: a BPE has at least 257 ids, 256 bytes and end-of-text")
     elif settings.given('vocab_size') and settings['tokenizer'] != 'bpe':
         problems.append('vocab_size is for --tokenizer=bpe; the size of the other vocabularies is fixed')
+    if bool(settings['prompt_key']) != bool(settings['answer_key']):
+        problems.append('prompt_key and answer_key belong together: give both, or none')
     if settings['num_proc'] < 0:
         problems.append(f"num_proc={settings['num_proc']}: expected 0 (one per core) or more")
     if settings['name'] and not re.fullmatch(r'\w[\w.-]*', settings['name']):
@@ -59,9 +66,28 @@ def _tokenizer(settings, chars, sample, append_separator):
         return tokenizers.CharTokenizer(''.join(sorted(set(chars))))
     if settings['tokenizer'] == 'bpe':
         return tokenizers.train_bpe(sample, settings['vocab_size'])
-    tokenizer = tokenizers.from_spec({'kind': settings['tokenizer']})
-    tokenizer.encode('')  # load its files now: errors come early, and forked workers need not load them again
+    if settings['tokenizer'] in _KINDS:
+        spec = {'kind': settings['tokenizer']}
+    else:
+        spec = _spec_in(find_path(settings['tokenizer']))
+    tokenizer = tokenizers.from_spec(spec)
+    # load its files now: errors come early, and forked workers need not load them again
+    tokenizer.encode(''.join(chars) if tokenizer.kind == 'char' else '')
     return tokenizer
+
+
+def _spec_in(folder):
+    """Return the tokenizer spec of the run, exported model or dataset in `folder`; UserError if there is none."""
+    if (folder / 'ckpt.pt').exists():
+        from lib.weights import checkpoint  # needs torch, which nothing else here does
+        state = checkpoint.load(folder / 'ckpt.pt', mmap=True)
+        if 'tokenizer' in state:
+            return state['tokenizer']
+    elif (folder / 'tokenizer_spec.json').exists():
+        return json.loads((folder / 'tokenizer_spec.json').read_text(encoding='utf-8'))
+    elif (folder / 'train.bin').exists():
+        return data_folder.tokenizer_spec(folder)
+    raise UserError(f'tokenizer={folder}: no ckpt.pt, tokenizer_spec.json or prepared dataset with a tokenizer in it')
 
 
 def _destination(settings, script, source_text):
@@ -102,6 +128,39 @@ def _find_text(settings, folder, source, val_source, where):
     return read_text.find('input', words, folder), read_text.find('val_input', val_words, folder)
 
 
+def _keys(setting):
+    """Return the keys in a setting that lists them with commas."""
+    return [key.strip() for key in setting.split(',') if key.strip()]
+
+
+def _has_dialogues(path, settings):
+    """True if the first record of a source is a dialogue, unless --text_key, or a text under it, makes it text."""
+    if settings['prompt_key']:
+        return True
+    if settings.given('text_key'):
+        return False
+    first, _ = next(read_text.read(path, settings['encoding'], (), extract=lambda record, place: [(record, True)]),
+                    ('', True))
+    return isinstance(first, dict) and not set(_keys(settings['text_key'])) & set(first) and dialogue.is_row(first)
+
+
+def _dialogues(paths, settings, n_left_out):
+    """Yield (dialogue, True) of all rows; counts those without an answer in n_left_out[0]."""
+    prompt_keys, answer_keys = _keys(settings['prompt_key']), _keys(settings['answer_key'])
+
+    def extract(record, place):
+        found = dialogue.read_row(record, place, prompt_keys, answer_keys)
+        n_left_out[0] += found is None
+        return [] if found is None else [(found, True)]
+
+    for path in paths:
+        columns = [*prompt_keys, *answer_keys]
+        for found, is_last in read_text.read(path, settings['encoding'], columns, extract=extract):
+            if isinstance(found, str):
+                raise UserError(f'{path} is a text, and {paths[0]} has questions and answers: prepare them separately')
+            yield found, is_last
+
+
 def _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect):
     words = settings['input'].splitlines()
     source_text = ' '.join(word if word.startswith('hub:') or '://' in word else str(find_path(word).resolve())
@@ -113,35 +172,48 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
     if name_from_file and not folder.name.strip('_.'):
         raise UserError(f'--input={words[0]} gives the dataset no name; choose one with --name=...')
     keys = [key.strip() for key in settings['text_key'].split(',')]
+    dialogues, n_left_out = not rewrite and _has_dialogues(paths[0], settings), [0]
 
     def pieces(paths):
+        if dialogues:
+            return _dialogues(paths, settings, n_left_out)
         found = chain.from_iterable(read_text.read(path, settings['encoding'], keys, delimiter) for path in paths)
         return read_text.document(rewrite(''.join(text for text, _ in found))) if rewrite else found
 
     # first pass: the size of the text, and its tokenizer
     enough = 3 if val_paths else int(np.ceil(2 / settings['val_fraction']))  # at least two documents for validation
     max_documents = np.inf if settings['tokenizer'] in ('char', 'bpe') else enough
-    n_chars, n_documents, chars, sample = chunks.scan(chain(pieces(paths), pieces(val_paths)), max_documents)
+    both = chain(pieces(paths), pieces(val_paths))
+    n_chars, n_documents, chars, sample = chunks.scan(dialogue.as_text(both) if dialogues else both, max_documents)
     if not n_chars:
         others = f' (and {len(paths) - 1} more)' if len(paths) > 1 else ''
-        raise UserError(f'{paths[0]} is empty{others}')
+        raise UserError(f'{paths[0]} {"has no answers" if n_left_out[0] else "is empty"}{others}')
     append_separator = n_documents > (2 if val_paths else 1)  # a single text has none
     tokenizer = _tokenizer(settings, chars, sample, append_separator)
+    marks, n_left_out[0] = dialogue.choose_marks(tokenizer) if dialogues else None, 0
 
     # second pass: text -> train and val -> chunks -> ids -> files
     if val_paths:
         stream = chain((('train', *piece) for piece in pieces(paths)), (('val', *piece) for piece in pieces(val_paths)))
     elif n_documents >= enough:
         stream = chunks.split_by_document(pieces(paths), settings['val_fraction'])
+    elif dialogues:
+        raise UserError(f'{paths[0]} has {n_documents} dialogues with an answer; at val_fraction='
+                        f'{settings["val_fraction"]} at least {enough} are needed, or a separate --val_input')
     else:
         stream = chunks.split_by_position(pieces(paths), int(n_chars * (1 - settings['val_fraction'])))
-    gathered = chunks.gather(stream, tokenizer.safe_split, append_separator)
-    tokenized = chunks.tokenize(gathered, tokenizer, settings['num_proc'] or chunks.cores())
-    meta, n_chars = data_folder.write(folder, tokenizer, _with_bar(tokenized), source_text)
+    if dialogues:
+        gathered = chunks.gather_dialogues(stream)
+    else:
+        gathered = chunks.gather(stream, tokenizer.safe_split, append_separator)
+    tokenized = chunks.tokenize(gathered, tokenizer, settings['num_proc'] or chunks.cores(), marks)
+    meta, n_chars = data_folder.write(folder, tokenizer, _with_bar(tokenized), source_text, marks)
 
     if existing and any(old_meta.get(key) != meta[key] for key in ('tokenizer', 'splits')):
         print(f'data/{folder.name} held {existing}, which this replaced', file=sys.stderr)
-    _report(folder, tokenizer, meta, n_chars)
+    if n_left_out[0]:
+        print(f'{n_left_out[0]:,} rows without an answer were left out', file=sys.stderr)
+    _report(folder, tokenizer, meta, n_chars, settings['vocab_size'])
     if expect and by_source and not settings.given('tokenizer') and not settings.given('val_fraction'):
         found = tuple(facts['n_tokens'] for facts in meta['splits'].values())
         if found != tuple(expect):
@@ -161,12 +233,19 @@ def _with_bar(results):
             bar.update(result[3])
 
 
-def _report(folder, tokenizer, meta, n_chars):
+def _report(folder, tokenizer, meta, n_chars, vocab_size):
     """Print the counts, a preview that was encoded and decoded again, and the command to train with."""
     counts = {split: facts['n_tokens'] for split, facts in meta['splits'].items()}
-    print(f'length of dataset in characters: {n_chars:,}\nvocab size: {tokenizer.vocab_size:,}')
+    print(f'length of dataset in characters: {n_chars:,}')
+    if tokenizer.kind == 'char' and (line := advice.unique_characters(tokenizer.chars)):
+        print(line)
+    print(f'vocab size: {tokenizer.vocab_size:,}')
     for split, n_tokens in counts.items():
         print(f'{split} has {n_tokens:,} tokens')
+    if 'chat' in meta:
+        answers, text = (sum(facts[key] for facts in meta['splits'].values()) for key in ('answer_bytes', 'n_bytes'))
+        print(f'dialogues, marked by {", ".join(map(repr, meta["chat"].values()))}: {answers / text:.0%} of the text '
+              'is answers, which is what will be learned')
     print(f'characters per token: {n_chars / sum(counts.values()):.2f}\npreview, encoded and decoded again:')
     start = tokenizer.decode(np.fromfile(folder / 'train.bin', tokenizer.dtype, count=1000))
     for line in [line for line in start.replace(tokenizers.EOT, '\n').splitlines() if line.strip()][:3]:
@@ -181,14 +260,24 @@ def _report(folder, tokenizer, meta, n_chars):
     paths = sorted((REPO / 'config').glob('*.py'), key=lambda path: (not path.name.startswith('train_'), path.name))
     configs = [path.name for path in paths
                if re.search(rf"^dataset = '{folder.name}'", path.read_text(encoding='utf-8'), re.M)]
-    if configs:
-        print(f'train with: python train.py config/{configs[0]}')
-        return
-    command = f'python train.py config/train_shakespeare_char.py --dataset={folder.name} --out_dir=out-{folder.name}'
-    longest = counts[smallest] - 1
-    if longest < 256:  # the block_size of that config; use the largest power of two for which both splits are enough
-        command += f' --block_size={1 << max(0, longest.bit_length() - 1)}'
-    print(f'train with: {command}')
+    for note in advice.notes(tokenizer, vocab_size, n_chars, sum(counts.values())):
+        print(f'note: {note}', file=sys.stderr)
+    print(f'train with: {advice.train_command(folder.name, configs, tokenizer, counts)}')
+
+
+def _show(settings, script):
+    """Print how the text of the setting `show` is split into tokens.
+
+    The tokenizer is that of a prepared dataset if --name names one and --tokenizer is not given.
+    """
+    folder = script.parent.parent / (settings['name'] or script.parent.name)
+    if (folder / 'meta.json').exists() and not settings.given('tokenizer'):
+        tokenizer = tokenizers.from_spec(data_folder.tokenizer_spec(folder))
+    elif settings['tokenizer'] == 'bpe':
+        raise UserError('a bpe is trained on a text: prepare a dataset with it, then --show=... --name=ITS_NAME')
+    else:
+        tokenizer = _tokenizer(settings, settings['show'], [], append_separator=False)
+    print('\n'.join(advice.show_tokens(settings['show'], tokenizer)))
 
 
 def prepare(script_file, source='', val_source='', where='', delimiter='', rewrite=None, expect=(), **defaults):
@@ -206,6 +295,8 @@ def prepare(script_file, source='', val_source='', where='', delimiter='', rewri
         namespace['__doc__'] = ast.get_docstring(ast.parse(script.read_text(encoding='utf-8')), clean=False)
     settings = configure(namespace, check=_check, words='input')
     try:
+        if settings['show']:
+            return _show(settings, script)
         _prepare(settings, script, source, val_source, where, delimiter, rewrite, expect)
     except OSError as error:
         name = error.filename or script.parent

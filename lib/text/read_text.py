@@ -17,6 +17,7 @@ from itertools import chain
 from pathlib import Path
 
 from configurator import UserError, find_path
+from lib.text import advice
 from lib.text.tokenizer import TextError, encoded
 
 CHUNK = 1 << 20  # characters per piece of a long text
@@ -123,7 +124,19 @@ def _join_fields(record, keys, place):
     return '\n'.join(filter(None, values))
 
 
-def _json_lines(path, codec, keys):
+def _text_of(keys):
+    """Return the function (record, place) -> pieces that takes the text under `keys` from a record."""
+    def extract(record, place):
+        text = _join_fields(record, keys, place)
+        try:
+            encoded(text)
+        except TextError as error:
+            raise UserError(f'{place}: {error.message}') from None
+        return document(text)
+    return extract
+
+
+def _json_lines(path, codec, extract):
     for number, line in enumerate(_split_at('\n', chunks(path, codec)), 1):
         if not line.strip():
             continue
@@ -131,14 +144,9 @@ def _json_lines(path, codec, keys):
             record = json.loads(line)
             if not isinstance(record, dict):
                 raise UserError(f'{path}:{number}: expected one JSON object per line, found {type(record).__name__}')
-            text = _join_fields(record, keys, f'{path}:{number}')
-            if '\\u' in line:  # only such an escape can contain half a character
-                encoded(text)
         except json.JSONDecodeError as error:
             raise UserError(f'{path}:{number}: not JSON ({error.msg}); expected one object per line') from None
-        except TextError as error:
-            raise UserError(f'{path}:{number}: {error.message}') from None
-        yield from document(text)
+        yield from extract(record, f'{path}:{number}')
 
 
 def _is_json_lines(path, codec):
@@ -155,7 +163,7 @@ def _is_json_lines(path, codec):
     return False
 
 
-def _parquet(path, keys):
+def _parquet(path, keys, extract):
     try:
         import pyarrow
         from pyarrow import parquet
@@ -164,17 +172,17 @@ def _parquet(path, keys):
     try:
         with parquet.ParquetFile(path) as file:
             columns = file.schema_arrow.names
-            have = [key for key in keys if key in columns]
+            have = [key for key in keys if key in columns] if keys else columns
             if not have:
-                _join_fields(dict.fromkeys(columns), keys, path)  # raises an error that lists the columns
+                extract(dict.fromkeys(columns), path)  # raises an error that lists the columns
             for batch in file.iter_batches(batch_size=1024, columns=have):
                 for record in batch.to_pylist():
-                    yield from document(_join_fields(record, keys, path))
+                    yield from extract(record, path)
     except pyarrow.ArrowException as error:
         raise UserError(f'{path} is a damaged parquet file: {str(error).splitlines()[0]}') from None
 
 
-def _hub(address, keys):
+def _hub(address, extract):
     """Stream a dataset of the Hugging Face hub, or a local folder with the same layout; nothing is stored on disk."""
     try:
         from datasets import load_dataset
@@ -189,26 +197,32 @@ def _hub(address, keys):
             rows = load_dataset(repository, split=split, streaming=True, revision='refs/convert/parquet')
         for batch in rows.iter(batch_size=1024):
             for values in zip(*batch.values(), strict=True):
-                yield from document(_join_fields(dict(zip(batch, values, strict=True)), keys, address))
+                yield from extract(dict(zip(batch, values, strict=True)), address)
+    except UserError:
+        raise
     except Exception as error:  # network, hub and storage libraries each raise their own types
         reason = (str(error).splitlines() or [''])[0]
         raise UserError(f'cannot read {address}: {type(error).__name__}: {reason[:200]}; nothing was changed; '
                         'try again, or give local text, JSON lines or parquet with --input=PATH') from None
 
 
-def read(path, codec, keys, delimiter=''):
+def read(path, codec, keys, delimiter='', extract=None):
     """Yield the pieces of one file or hub dataset. The kind of a file is recognised by its content, not its name.
 
     codec: the encoding of text files. keys: the keys of the text in JSON and parquet records. delimiter: the string
-    between the documents of a text file; '' if the file is one document. UserError names the file and the place.
+    between the documents of a text file; '' if the file is one document. extract: a function (record, place) -> pieces
+    to use instead of the text under `keys`, the columns it needs; () = all. UserError names the file and the place.
     """
+    extract = extract or _text_of(keys)
     if str(path).startswith('hub:'):
-        return _hub(path, keys)
+        return _hub(path, extract)
     with open(path, 'rb') as file:
         if file.read(4) == b'PAR1':
-            return _parquet(path, keys)
+            return _parquet(path, keys, extract)
+    if what := advice.not_text(path):
+        raise UserError(f'{path} is {what}, not text; save its text as a plain file in UTF-8')
     if _is_json_lines(path, codec):
-        return _json_lines(path, codec, keys)
+        return _json_lines(path, codec, extract)
     if delimiter:
         return chain.from_iterable(document(part.strip()) for part in _split_at(delimiter, chunks(path, codec)))
     return _one_document(chunks(path, codec))
@@ -245,6 +259,8 @@ def find(flag, words, folder):
             else:
                 found = [path] if path.is_file() else sorted(
                     p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
+            if path.is_dir() and (others := advice.unreadable(path, found)):
+                raise UserError(f'--{flag}={word}: {others}')
             if not found:
                 reason = 'no such file or folder'
                 if path.is_dir():
@@ -256,11 +272,12 @@ def find(flag, words, folder):
     return paths
 
 
-def download(url, path):
-    """Download `url` to `path` in up to three attempts and return `path`; UserError if it fails, with no file left."""
+def download(url, path, tries=3):
+    """Download `url` to `path` in at most `tries` attempts and return `path`; UserError if it fails, with no file left.
+    """
     temp = Path(f'{path}.tmp')
     temp.parent.mkdir(parents=True, exist_ok=True)
-    for wait in (WAIT, 2 * WAIT, 0):
+    for wait in (WAIT, 2 * WAIT, 0)[-tries:]:
         try:
             request = urllib.request.Request(url, headers={'User-Agent': 'minuteGPT'})
             with urllib.request.urlopen(request, timeout=30) as reply, open(temp, 'wb') as file:

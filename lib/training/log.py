@@ -7,19 +7,19 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from lib.machine import files
-from model import NANOGPT_ARGS
+from lib.machine import console, files
 
 
 def say(line):
-    """Print a line to stdout, above the progress bar."""
-    tqdm.write(line, file=sys.stdout)
-    sys.stdout.flush()
+    """Print a line to stdout, above the progress bar; to stderr if stdout is lost."""
+    file = sys.stderr if console.stdout_lost() else sys.stdout
+    tqdm.write(console.printable(line), file=file)
+    file.flush()
 
 
 def warn(line):
     """Print a warning to stderr, above the progress bar."""
-    tqdm.write(f'warning: {line}', file=sys.stderr)
+    tqdm.write(f'warning: {console.printable(line)}', file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -53,10 +53,15 @@ def duration(minutes):
     return f'{seconds // 86400}d{seconds % 86400 // 3600:02d}h'
 
 
-def step_line(step, train_loss, val_loss, bpb):
-    """Return the line of an evaluation; bits per byte are left out if None."""
+def step_line(step, train_loss, val_loss, bpb, since_best=0, patience=0):
+    """Return the line of an evaluation; bits per byte are left out if None.
+
+    since_best: evaluations after the best one; shown if training ends after `patience` of them.
+    """
     line = f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
-    return line if bpb is None else f'{line}, val bpb {bpb:.4f}'
+    if bpb is not None:
+        line += f', val bpb {bpb:.4f}'
+    return f'{line}, no better for {since_best} of {patience} evaluations' if patience and since_best else line
 
 
 def iter_line(record, seconds, minutes_left):
@@ -74,7 +79,8 @@ def recipe(settings, argv):
 
 def architecture(config):
     """Return a GPTConfig in a few words for the banner: GPT-2's architecture, or the options that differ from it."""
-    options = {name: value for name, value in config.model_args().items() if name not in NANOGPT_ARGS}
+    gpt2 = type(config)().model_args()
+    options = {name: value for name, value in config.model_args().items() if name not in gpt2}
     if not options:
         return "GPT-2's architecture"
     return (', '.join(name if value is True else f'{name}={value}' for name, value in options.items())
@@ -86,6 +92,20 @@ def tokens_line(tokens_per_iter, train_tokens, max_iters):
     epoch = train_tokens / tokens_per_iter  # iterations
     epochs = f'; {max_iters:,} iterations are {max_iters / epoch:,.2f} epochs' if max_iters else ''
     return f'tokens per iteration: {tokens_per_iter:,} ({epoch:,.0f} iterations per epoch{epochs})'
+
+
+def banner(rt, settings, data, model, sequences, max_iters):
+    """Return the lines printed before training. sequences: per update. max_iters: 0 if a time limit ends the run."""
+    block_size, warmup = settings['block_size'], settings['context_warmup']
+    lines = [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
+             f'recipe: {recipe(settings, sys.argv[1:])}; {architecture(model.config)}',
+             f'number of parameters: {model.get_num_params() / 1e6:.2f}M',
+             *([data.train.describe(block_size)] if data.marks else []),
+             tokens_line(sequences * block_size, data.train.epoch_tokens(block_size), 0 if warmup else max_iters)]
+    if warmup:
+        lines.append(f'context: {block_size // 4} tokens in the first {warmup / 2:.0%} of the run, {block_size // 2} '
+                     f'until {warmup:.0%}, then {block_size}')
+    return lines
 
 
 def warn_if_long(minutes, limit=30):

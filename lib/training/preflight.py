@@ -9,7 +9,7 @@ from configurator import UserError, configure
 from lib.machine import device as devices
 from lib.machine import distributed
 from lib.text import dataset, tokenizer
-from lib.weights import checkpoint, gpt2, lora
+from lib.weights import checkpoint, gpt2, load_model, lora
 from model import CHOICES, GPTConfig
 
 ARCHITECTURE = [f.name for f in fields(GPTConfig) if f.name not in ('vocab_size', 'dropout')]
@@ -69,7 +69,7 @@ def open_run(namespace):
 
 def _check(s):
     """Return (errors, dataset, resumed) for a training run's Settings, in which automatic values are filled in."""
-    errors, source, resumed = [], gpt2.find(s['init_from']), None
+    errors, source, resumed = [], load_model.find(s['init_from']), None
     if s['init_from'] in ('resume', 'auto'):
         try:
             resumed = _find_checkpoint(s)
@@ -96,6 +96,8 @@ def _check(s):
         hint = '' if s.given('dataset') or 'not found' not in error.message else (
             '; for a first model: python data/python_char/prepare.py && python train.py config/train_python_char.py')
         return [*errors, error.message + hint], None, None
+    if data.marks:
+        s['context_warmup'] = 0.0  # a window begins at a dialogue and is read whole
     if resumed and not errors:
         errors += _tokenizer_mismatch(*resumed, data)
     if source and not errors:
@@ -121,9 +123,9 @@ def check_values(s):
         errors.append(f'context_warmup must be at least 0 and at most 1, got {s["context_warmup"]}')
     config = GPTConfig(vocab_size=1, dropout=s['dropout'], **{name: s[name] for name in ARCHITECTURE if name in s})
     errors += [error for error in config.validate() if error.split()[0] not in CHOICES]
-    if s['init_from'] not in ('scratch', 'resume', 'auto') and not gpt2.find(s['init_from']):
+    if s['init_from'] not in ('scratch', 'resume', 'auto') and not load_model.find(s['init_from']):
         errors.append(f'init_from={s["init_from"]!r}: expected scratch, resume, auto, {", ".join(gpt2.SIZES)}, or a '
-                      'folder with config.json and model.safetensors')
+                      'folder with ckpt.pt, or with config.json and model.safetensors')
     if problem := devices.device_problem(s['device']):
         return [*errors, problem, *_batch_errors(s)]
     return [*errors, *(message for applies, message in CONFLICTS if applies(s)), *_batch_errors(s)]

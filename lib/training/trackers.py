@@ -24,7 +24,8 @@ def open_trackers(settings, out_dir, wandb_id='', step=0, enabled=True):
             return call(*arguments)
         except (Exception, SystemExit) as error:
             services.pop(name, None)
-            warn(f'{name} is off and training continues without it; log.jsonl has the numbers ({reason(error)})')
+            hint = '; in China SwanLab can replace it, see README.zh.md' if name == 'wandb' else ''
+            warn(f'{name} is off and training continues without it; log.jsonl has the numbers ({reason(error)}){hint}')
 
     for name, opener in openers.items():
         if enabled and settings[f'{name}_log'] and (opened := attempt(name, opener)):

@@ -1,9 +1,13 @@
 """OpenAI's GPT-2 and models in its Hugging Face layout: config, weights and tokenizer, from the hub or a folder."""
 import json
+import socket
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
+import torch.nn as nn
 
 from configurator import UserError, find_path
 from model import GPT, GPTConfig
@@ -99,7 +103,7 @@ class Source:
         return [self.folder / name for name in names]
 
     def _download(self):
-        from huggingface_hub import hf_hub_download, try_to_load_from_cache
+        from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
         from huggingface_hub.utils.logging import set_verbosity_error
         for repository in (f'openai-community/{self.name}', self.name):  # its present name, and that of older caches
             found = try_to_load_from_cache(repository, 'model.safetensors')
@@ -107,14 +111,16 @@ class Source:
                 return found
         set_verbosity_error()  # each of its six tries prints a line
         try:
+            check_connection(constants.ENDPOINT)  # the hub's own tries take half a minute
             return hf_hub_download(f'openai-community/{self.name}', 'model.safetensors')
         except Exception as error:  # network, hub, proxy and disk have their own kinds of error
             reason = (str(error).strip().splitlines() or [''])[0]
             raise self.error(
-                f'cannot download {self.name}, and it is not cached. Where there is a connection, save config.json '
-                f'and model.safetensors of huggingface.co/openai-community/{self.name} to a folder, copy it here and '
-                'use --init_from=FOLDER; or set HF_ENDPOINT to a mirror, or HF_HOME to a cache that has it '
-                f'({type(error).__name__}: {reason[:80]})') from None
+                f'{self.name} is not in the cache and cannot be downloaded. Set HF_ENDPOINT to a mirror (in China '
+                'https://hf-mirror.com), or put config.json and model.safetensors of huggingface.co/openai-community/'
+                f'{self.name} into a folder and use --init_from=FOLDER (in China: modelscope download --model '
+                f'AI-ModelScope/{self.name} --local_dir FOLDER). Reason: {type(error).__name__}: {reason[:80]}'
+            ) from None
 
     @torch.no_grad()
     def load(self, dropout=0.0, block_size=0, dtype=torch.float32):
@@ -125,7 +131,7 @@ class Source:
         """
         config = self.config()
         config.dropout = dropout
-        model = GPT.uninitialized(config, dtype)
+        model = uninitialized(config, dtype)
         missing = dict(model.named_parameters())
         for path in self.files():
             for name, tensor in self._tensors(path):
@@ -145,7 +151,7 @@ class Source:
         if missing:
             raise self.error(f'{path} lacks {len(missing)} tensors of the model, e.g. {next(iter(missing))}')
         if block_size:
-            model.crop_block_size(block_size)
+            crop_block_size(model, block_size)
         return model.eval()
 
     def _tensors(self, path):
@@ -162,12 +168,44 @@ class Source:
             raise self.error(f'{path} {_describe_damage(path, error)}; fetch it again') from None
 
 
+def uninitialized(config, dtype=torch.float32):
+    """Return a GPT whose weights, of `dtype`, are undefined; the caller fills them all."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        return GPT(config, init=False)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def crop_block_size(model, block_size):
+    """Shorten the context of a GPT, for instance GPT-2's 1024 tokens, in place; ValueError if it would grow."""
+    if block_size > model.config.block_size:
+        raise ValueError(f'block_size={block_size} but the model has {model.config.block_size} positions')
+    model.config.block_size = block_size
+    if model.config.pos == 'rope':
+        model.rope = model.rope[:, :block_size]
+    else:
+        model.transformer.wpe.weight = nn.Parameter(model.transformer.wpe.weight[:block_size].clone())
+        model.transformer.wpe.num_embeddings = block_size
+
+
 def find(init_from):
     """Return the Source that `init_from` names, one of SIZES or a local folder; None if it is neither."""
     if init_from in SIZES:
         return Source(init_from, None)
     folder = find_path(init_from) if init_from else None
     return Source(init_from, folder) if folder and folder.is_dir() else None
+
+
+def check_connection(address, seconds=3):
+    """Raise OSError if the host of `address` does not accept a connection within a few seconds.
+
+    With a proxy nothing is checked: the host then need not be reachable from here.
+    """
+    parts = urlsplit(address)
+    if parts.scheme not in getproxies():
+        socket.create_connection((parts.hostname, parts.port or {'http': 80}.get(parts.scheme, 443)), seconds).close()
 
 
 def _describe_damage(path, error):

@@ -1,36 +1,70 @@
 """From a name to a checked model and its tokenizer, for training, sampling, evaluation and export alike."""
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, find_path
 from lib.text import data_folder, tokenizer
 from lib.weights import checkpoint, gpt2, lora, schema
 from lib.weights.checkpoint import has_nan
-from model import GPT, GPTConfig
+from model import GPTConfig
+
+
+@dataclass
+class Run:
+    """The best model of a run, as a beginning for another run; used like gpt2.Source."""
+    name: str  # what the user typed as init_from
+    path: Path  # of its ckpt.pt
+
+    @cached_property
+    def state(self):
+        return checkpoint.load(self.path, mmap=True)
+
+    def config(self):
+        return model_from_checkpoint(self.state, self.path).config
+
+    def tokenizer_spec(self):
+        if 'tokenizer' in self.state:
+            return self.state['tokenizer']
+        # nanoGPT's checkpoint: only the dataset's folder knows the tokenizer
+        return data_folder.tokenizer_spec(data_folder.folder(self.state.get('config', {}).get('dataset', '')))
+
+    def load(self, dropout=0.0, block_size=0, dtype=torch.float32):
+        """Return the GPT in eval mode on the CPU; block_size: the context to crop it to, 0 = all."""
+        model = model_from_checkpoint(self.state, self.path, dtype, dropout=dropout)
+        if block_size:
+            gpt2.crop_block_size(model, block_size)
+        return model
+
+
+def find(init_from):
+    """Return the source of weights that `init_from` names: a run's folder, or what gpt2.find knows; None if neither."""
+    path = find_path(init_from) / 'ckpt.pt' if init_from else None
+    return Run(init_from, path) if path and path.is_file() else gpt2.find(init_from)
 
 
 def load_model(init_from, out_dir, dtype=torch.float32):
     """Return (model, tokenizer, checkpoint) for `init_from`; the model is in eval mode on the CPU.
 
-    init_from: 'resume' reads out_dir/ckpt.pt; gpt2* and folders are GPT-2 weights, whose checkpoint is {}. dtype: of
-    the weights. UserError if there is no such model, or if it cannot be used.
+    init_from: 'resume' reads out_dir/ckpt.pt, and the name of a run's folder reads its ckpt.pt; gpt2* and other
+    folders are GPT-2 weights, whose checkpoint is {}, or {'chat': marks} if they answer questions. dtype: of the
+    weights. UserError if there is no such model, or if it cannot be used.
     """
-    if init_from == 'resume':
-        path = Path(out_dir) / 'ckpt.pt'
+    source = Run(init_from, Path(out_dir) / 'ckpt.pt') if init_from == 'resume' else find(init_from)
+    if isinstance(source, Run):
+        path = source.path
         if not path.exists():
             raise UserError(f'{path} not found; train a model first, or name its folder with --out_dir')
-        state = checkpoint.load(path, mmap=True)
-        model = model_from_checkpoint(state, path, dtype)
-        if 'tokenizer' in state:
-            spec = state['tokenizer']
-        else:  # nanoGPT's checkpoint: only the dataset's folder knows the tokenizer
-            spec = data_folder.tokenizer_spec(data_folder.folder(state.get('config', {}).get('dataset', '')))
-    elif source := gpt2.find(init_from):
-        path, state, model, spec = init_from, {}, source.load(dtype=dtype), source.tokenizer_spec()
+        state = source.state
+        model, spec = model_from_checkpoint(state, path, dtype), source.tokenizer_spec()
+    elif source:
+        path, model, spec = init_from, source.load(dtype=dtype), source.tokenizer_spec()
+        state = {'chat': source.read_json('chat.json')[1]} if source.folder else {}
     else:
         raise UserError(f'init_from={init_from!r}: expected resume, {", ".join(gpt2.SIZES)}, or a folder with '
-                        'config.json and model.safetensors')
+                        'ckpt.pt, or with config.json and model.safetensors')
     if has_nan(model):
         raise UserError(f'{path}: checkpoint contains NaN (iter {state.get("iter_num", "unknown")}); use another, or '
                         'train again with a lower learning_rate')
@@ -50,7 +84,7 @@ def model_from_checkpoint(state, path, dtype=torch.float32, **overrides):
         if problem := schema.model_problem(state['model_args'], state['model']):
             raise ValueError(problem)
         config = GPTConfig(**{**state['model_args'], **overrides})
-        model = GPT.uninitialized(config, dtype)
+        model = gpt2.uninitialized(config, dtype)
         if rank := lora.rank_of(state['model']):
             lora.adapt(model, rank)
     except (TypeError, ValueError) as error:

@@ -1,0 +1,57 @@
+"""Attention weights, recomputed outside the model, because its fused kernels never store them.
+
+A hook takes the input of each CausalSelfAttention and computes softmax(q k^T / sqrt(hs)) from it, as model.py does.
+"""
+import base64
+import math
+
+import torch
+import torch.nn.functional as F
+
+from model import apply_rotary_emb
+
+SIDE = 24  # width of a thumbnail in points, at most
+
+
+def recompute(attn, x, rope):
+    """Return the weights (nh, T, T) of an attention layer for its input x (1, T, C), in float32; rows sum to 1."""
+    B, T, C = x.shape
+    q, k, _ = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).unbind(2)  # (1, T, nh, hs) each
+    if attn.qk_norm is not None:
+        q, k = attn.qk_norm(q), attn.qk_norm(k)
+    if rope is not None:
+        q, k = apply_rotary_emb(q, rope), apply_rotary_emb(k, rope)
+    q, k = q[0].transpose(0, 1).float(), k[0].transpose(0, 1).float()  # (nh, T, hs) each
+    scores = q @ k.mT / math.sqrt(q.size(-1))  # (nh, T, T)
+    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
+    return scores.masked_fill(future, -math.inf).softmax(-1)
+
+
+@torch.inference_mode()
+def weights(model, ids):
+    """Return the attention weights (n_layer, nh, T, T) of every layer and head over `ids`, on the CPU."""
+    found = []
+
+    def note(attn, args, kwargs):
+        x, rope = (*args, None, None)[:2]
+        found.append(recompute(attn, x, kwargs.get('rope', rope)).cpu())
+    hooks = [block.attn.register_forward_pre_hook(note, with_kwargs=True) for block in model.transformer.h]
+    try:
+        model(torch.tensor([ids], device=model.lm_head.weight.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return torch.stack(found)
+
+
+def packed(tensor):
+    """Return a tensor as base64 of its little-endian numbers."""
+    return base64.b64encode(tensor.contiguous().numpy().tobytes()).decode('ascii')
+
+
+def maps(found):
+    """Return {'side', 'maps'}: a thumbnail of each head of weights (n_layer, nh, T, T), one byte per point."""
+    T = found.size(-1)
+    side = min(SIDE, T)
+    small = F.adaptive_max_pool2d(found.flatten(0, 1)[:, None], side)[:, 0]  # a mean would blur single bright points
+    return {'side': side, 'maps': packed((small.clamp(0, 1).sqrt() * 255).to(torch.uint8))}

@@ -1,0 +1,94 @@
+"""What prepare tells a reader about a text besides the counts: its characters, its tokens, and what to do next."""
+from pathlib import Path
+
+FEW_CHARACTERS = 200  # vocabularies below this size are printed
+FEW_TOKENS = 2_000_000  # too few to train 50,257 embeddings of GPT-2's vocabulary from scratch
+OTHER_FILES = {b'%PDF-': 'a PDF', b'PK\x03\x04': 'a zip archive (a .docx or .epub is one)', b'\x89PNG': 'a picture',
+               b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture', b'Rar!': 'an archive', b'7z\xbc\xaf': 'an archive',
+               b'\xd0\xcf\x11\xe0': 'a Word or Excel file', b'\x7fELF': 'a program', b'SQLite format 3': 'a database',
+               b'{\\rtf': 'a rich text file'}
+
+
+def unique_characters(chars):
+    """Return the line with all characters of a vocabulary, as nanoGPT prints it; '' for a vocabulary that is large."""
+    if len(chars) >= FEW_CHARACTERS:
+        return ''
+    shown = ''.join(char if char == '\n' or char.isprintable() else repr(char)[1:-1] for char in chars)
+    return f'all the unique characters: {shown}'
+
+
+def notes(tokenizer, asked, n_chars, n_tokens):
+    """Return remarks on how the tokenizer fits the text, each one line.
+
+    asked: the vocabulary size that the user asked for. n_chars, n_tokens: of the whole text.
+    """
+    found, kind = [], tokenizer.kind
+    if kind == 'bpe' and tokenizer.vocab_size < asked:
+        found.append(f'vocab size is {tokenizer.vocab_size:,} instead of {asked:,}: the text has no more '
+                     'pairs of tokens that occur often enough to merge')
+    if kind in ('gpt2', 'bpe') and n_tokens > n_chars:
+        better = {'gpt2': 'unless you fine-tune GPT-2, use --tokenizer=bpe or char',
+                  'bpe': 'raise --vocab_size, or use --tokenizer=char'}[kind]
+        found.append(f'{n_tokens:,} tokens for {n_chars:,} characters: this tokenizer does not fit the text; {better}')
+    if kind == 'gpt2' and n_tokens < FEW_TOKENS:
+        found.append(f'{n_tokens:,} tokens are too few to learn the {tokenizer.vocab_size:,} tokens of GPT-2 from '
+                     'scratch: fine-tune GPT-2, or prepare with --tokenizer=char or bpe')
+    if kind == 'char' and '\r' in tokenizer.chars:
+        found.append(r"the text has carriage returns (Windows line ends); \r has become a character of the vocabulary. "
+                     r"To remove them: sed -i 's/\r$//' FILE, then prepare again")
+    return found
+
+
+def train_command(name, configs, tokenizer, counts):
+    """Return the command to type after prepare.
+
+    configs: names of the config files made for this dataset, the best one first. counts: {split: number of tokens}.
+    """
+    if configs:
+        return f'python train.py config/{configs[0]}'
+    few = tokenizer.kind == 'gpt2' and sum(counts.values()) < FEW_TOKENS
+    config, context = ('finetune_shakespeare.py', 128) if few else ('train_shakespeare_char.py', 256)
+    command = f'python train.py config/{config} --dataset={name} --out_dir=out-{name}'
+    longest = min(counts.values()) - 1
+    if longest < context:  # the largest power of two that both splits can fill
+        command += f' --block_size={1 << max(0, longest.bit_length() - 1)}'
+    return command
+
+
+def not_text(path):
+    """Return what the file is if it is surely not text ('a PDF'), '' otherwise; looks at its first bytes only."""
+    with open(path, 'rb') as file:
+        start = file.read(16)
+    return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), '')
+
+
+def unreadable(folder, paths):
+    """Return one line about the files in a folder that are not text, with a pattern that leaves them out; '' for none.
+
+    paths: all files found in the folder.
+    """
+    others = {path: what for path in paths if (what := not_text(path))}
+    if not others:
+        return ''
+    named = ', '.join(f'{Path(path).name} is {what}' for path, what in list(others.items())[:5])
+    more = f' and {len(others) - 5:,} more' * (len(others) > 5)
+    endings = sorted({path.suffix for path in paths if path not in others and path.suffix})
+    advice = f"; to read only text: --input='{folder}/**/*{endings[0]}'" if endings else ''
+    return f'{folder} has files that are not text: {named}{more}{advice}'
+
+
+def show_tokens(text, tokenizer):
+    """Return lines that show how `text` is split into tokens: one line per token with its id and its text.
+
+    A token that is only part of a character is shown as its bytes.
+    """
+    ids = tokenizer.encode(text)
+    lines = [f'{tokenizer.kind}: {len(text):,} characters, {len(text.encode()):,} bytes, {len(ids):,} tokens']
+    for i in ids:
+        data = tokenizer.decode_bytes([i])
+        try:
+            shown = repr(data.decode('utf-8'))
+        except UnicodeDecodeError:
+            shown = f'part of a character, bytes {data.hex(" ")}'
+        lines.append(f'{i:>8}  {shown}')
+    return [*lines, f'decoded again: {tokenizer.decode(ids)}']

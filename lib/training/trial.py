@@ -1,0 +1,120 @@
+"""Time the updates of a training run on this machine, on random tokens, before the run."""
+import statistics
+import sys
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lib.machine import runtime
+from lib.training.optim import make_optimizer
+from lib.weights import lora
+from model import GPT
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+
+@dataclass
+class Timing:
+    """Seconds of one update at each context length, and of one evaluation."""
+    updates: dict  # {context: seconds}
+    evaluation: float
+    sequences: int  # per timed micro-batch; fewer than batch_size if that is too slow to time
+
+
+class _Clock:
+    """Times calls, each until the device has finished."""
+
+    def __init__(self, rt):
+        self.rt = rt
+
+    def once(self, function, *args):
+        self.rt.synchronize()
+        began = time.perf_counter()
+        function(*args)
+        self.rt.synchronize()
+        return time.perf_counter() - began
+
+    def median(self, function, *args, seconds):
+        """Return the median seconds of a call, from calls until this many seconds are over; at least one."""
+        times = [self.once(function, *args)]
+        while sum(times) < seconds:
+            times.append(self.once(function, *args))
+        return statistics.median(times)
+
+
+def time_run(job, rt, seconds=20.0):
+    """Return the Timing of a plan.Job on a Runtime, in about `seconds`, without the time for compiling.
+
+    A micro-batch that would take too long is timed with fewer sequences and scaled up.
+    """
+    model = GPT(job.config).to(rt.device).train()
+    if job.lora_rank:
+        lora.adapt(model, job.lora_rank)
+    model.set_compute_dtype(rt.dtype)
+    model.checkpoint_activations = job.checkpoint_activations
+    opt = make_optimizer(job.optimizer, model.param_groups(0.1, muon=job.optimizer == 'muon'), 1e-4, 1e-4, (0.9, 0.95),
+                         rt.device.type)
+    generator, clock = torch.Generator().manual_seed(0), _Clock(rt)
+
+    def tokens(sequences, context):
+        return torch.randint(job.config.vocab_size, (sequences, context), generator=generator).to(rt.device)
+
+    def micro_step(net, sequences, context):
+        idx = tokens(sequences, context)
+        net(idx, idx)[1].backward()
+
+    def optimize():
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+
+    def evaluate(sequences, context):
+        model.eval()
+        with torch.no_grad():
+            idx = tokens(sequences, context)
+            float(model(idx, idx)[1])
+        model.train()
+
+    net = runtime.compile_or_fall_back(model, rt, False, lambda net: micro_step(net, job.batch_size,
+                                                                               job.config.block_size))
+    began, updates = time.perf_counter(), {}
+    full = max(context for _, context in job.contexts)
+    micro_step(model, 1, full)
+    optimize()  # the first call creates the state
+    one = clock.once(micro_step, model, 1, full)
+    limit = (seconds - (time.perf_counter() - began)) / (len(job.contexts) + 1)
+    sequences = job.batch_size if rt.compile else max(1, min(job.batch_size, int(limit / 4 / one)))
+    step = clock.median(optimize, seconds=limit / 2)
+    for _, context in job.contexts:
+        clock.once(micro_step, net, sequences, context)
+        micro = clock.median(micro_step, net, sequences, context, seconds=limit * 0.7)
+        updates[context] = micro * job.batch_size / sequences * job.micro_steps / job.gpus + step
+    one_batch = clock.median(evaluate, sequences, full, seconds=limit / 4) * job.batch_size / sequences
+    return Timing(updates, one_batch * 2 * job.eval_iters, sequences)
+
+
+def probe(step, rt, model, opt):
+    """Run a training micro-step twice before the run and undo it; return (seconds, bytes of memory at the peak).
+
+    step(): one forward and backward pass. The second call is timed, or the first if it takes over two seconds. The
+    memory includes the state that the optimizer `opt` is going to create. Weights, gradients and random numbers are
+    as before. Every rank calls it.
+    """
+    states, clock = rt.rng_states(), _Clock(rt)
+    seconds = clock.once(step)
+    if seconds < 2:
+        seconds = clock.once(step)
+    model.zero_grad(set_to_none=True)
+    rt.set_rng_state(states)
+    if rt.device.type == 'cuda':
+        peak = torch.cuda.max_memory_reserved(rt.device)
+    elif rt.device.type == 'cpu' and resource:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    else:
+        return seconds, 0
+    state = sum((4 if group['use_muon'] else 8) * p.numel() for group in opt.param_groups for p in group['params']
+                if not opt.state[p])
+    return seconds, peak + state

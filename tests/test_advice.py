@@ -1,0 +1,84 @@
+"""lib/text/advice.py: what prepare tells a reader about a text and its tokens."""
+import pytest
+
+from lib.text import advice, tokenizer
+
+CHARS = tokenizer.CharTokenizer
+
+
+def test_a_small_vocabulary_is_printed_as_nanogpt_prints_it():
+    shakespeare = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+    assert advice.unique_characters(shakespeare) == f'all the unique characters: {shakespeare}'
+    assert advice.unique_characters(shakespeare).splitlines()[1].startswith(" !$&',-.3:;?ABC")
+
+
+def test_a_large_vocabulary_is_not_printed():
+    assert advice.unique_characters(''.join(map(chr, range(0x4e00, 0x4e00 + 200)))) == ''
+
+
+def test_characters_that_move_the_cursor_are_printed_as_escapes():
+    assert advice.unique_characters('\n\r\x1bab') == 'all the unique characters: \n\\r\\x1bab'
+
+
+def bpe(n):
+    return tokenizer.bpe([chr(i) for i in range(256)] + ['a' * i for i in range(2, n - 255)])
+
+
+def test_a_bpe_with_fewer_ids_than_asked_for_is_explained():
+    assert bpe(300).vocab_size == 300
+    assert 'vocab size is 300 instead of 4,096' in advice.notes(bpe(300), 4096, 100, 50)[0]
+    assert advice.notes(bpe(300), 300, 100, 50) == []
+
+
+def test_more_tokens_than_characters_are_remarked_on():
+    note, = advice.notes(bpe(300), 300, 1000, 1149)
+    assert note.startswith('1,149 tokens for 1,000 characters') and '--tokenizer=char' in note and 'vocab_size' in note
+    assert advice.notes(bpe(300), 300, 1000, 1000) == []
+
+
+def test_gpt2s_vocabulary_on_a_small_text_is_remarked_on_and_fine_tuning_recommended():
+    gpt2 = tokenizer.gpt2()
+    assert 'too few to learn the 50,257' in advice.notes(gpt2, 4096, 48_000, 15_327)[0]
+    assert advice.notes(gpt2, 4096, 30_000_000, 9_000_000) == []
+    counts = {'train': 13_000, 'val': 1_500}
+    assert advice.train_command('novel', [], gpt2, counts) == (
+        'python train.py config/finetune_shakespeare.py --dataset=novel --out_dir=out-novel')
+
+
+def test_carriage_returns_are_remarked_on():
+    note, = advice.notes(CHARS('\n\rab'), 4096, 10, 10)
+    assert 'Windows line ends' in note and "sed -i 's/\\r$//' FILE" in note
+    assert advice.notes(CHARS('\nab'), 4096, 10, 10) == []
+
+
+def test_the_command_to_type_next_is_the_datasets_config_or_one_that_fits_the_smaller_split():
+    counts = {'train': 900, 'val': 100}
+    assert advice.train_command('x', ['train_x.py', 'finetune_x.py'], CHARS('ab'), counts) == (
+        'python train.py config/train_x.py')
+    assert advice.train_command('x', [], CHARS('ab'), counts).endswith('--out_dir=out-x --block_size=64')
+    assert '--block_size' not in advice.train_command('x', [], CHARS('ab'), {'train': 900, 'val': 257})
+
+
+@pytest.mark.parametrize('start, what', [(b'%PDF-1.4 plain ASCII', 'a PDF'), (b'PK\x03\x04', 'zip'),
+                                         (b'\x89PNG\r\n', 'picture'), (b'PK is short', ''), ('人之初'.encode(), ''),
+                                         (b'', '')])
+def test_files_that_are_not_text_are_known_by_their_first_bytes(tmp_path, start, what):
+    path = tmp_path / 'x'
+    path.write_bytes(start)
+    assert what in advice.not_text(path) and bool(what) == bool(advice.not_text(path))
+
+
+def test_all_files_of_a_folder_that_are_not_text_are_named_at_once_with_a_pattern_that_leaves_them_out(tmp_path):
+    for name, data in (('a.pdf', b'%PDF-'), ('b.txt', b'text'), ('c.png', b'\x89PNG')):
+        (tmp_path / name).write_bytes(data)
+    line = advice.unreadable(tmp_path, sorted(tmp_path.iterdir()))
+    assert 'a.pdf is a PDF, c.png is a picture' in line and f"--input='{tmp_path}/**/*.txt'" in line
+    assert advice.unreadable(tmp_path, [tmp_path / 'b.txt']) == ''
+
+
+def test_tokens_are_shown_with_their_ids_and_parts_of_characters_as_bytes():
+    lines = advice.show_tokens('你好 Hello World!', tokenizer.gpt2())
+    assert lines[0] == 'gpt2: 15 characters, 19 bytes, 7 tokens'
+    assert "   18435  ' Hello'" in lines
+    assert any('part of a character, bytes ' in line for line in lines)
+    assert lines[-1] == 'decoded again: 你好 Hello World!' and len(lines) == 9
