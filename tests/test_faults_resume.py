@@ -269,13 +269,13 @@ def test_resuming_prefers_the_newest_state_to_the_best(run, trained):
 
 def test_a_signal_leaves_the_best_model_in_ckpt_where_step_0_was_good(run, workdir, monkeypatch):
     """Fine-tuning begins with a good model; what a signal saves later may be worse and was not evaluated."""
-    from lib.machine import runtime
+    from lib.machine import signals
     run('train.py', *TINY)
     good = {**torch.load('out/last.pt', weights_only=True), 'best_val_loss': 0.0}
     good['history'] = good['history'][:1]
     torch.save(good, 'out/last.pt')
     torch.save(good, 'out/ckpt.pt')
     before = (workdir / 'out' / 'ckpt.pt').read_bytes()
-    monkeypatch.setattr(runtime.Signals, '__enter__', lambda self: setattr(self, 'level', 1) or self)
+    monkeypatch.setattr(signals.Signals, '__enter__', lambda self: setattr(self, 'level', 1) or self)
     assert 'SIGUSR1: saved' in run('train.py', *TINY, '--init_from=resume', '--max_iters=7').out
     assert (workdir / 'out' / 'ckpt.pt').read_bytes() == before

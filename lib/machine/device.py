@@ -1,10 +1,16 @@
 """Which device and dtype to use, and how fast the device is."""
 import functools
 import re
+import sys
 import time
 from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from lib.machine.cpus import usable_cpus  # noqa: F401  (in a file without torch, which prepare scripts import)
 
@@ -81,6 +87,15 @@ def pick_dtype(device):
     if device.type == 'cpu' and native_bf16():
         return 'bfloat16', 'this CPU has bfloat16 instructions'
     return 'float32', f'safe on {device.type}'
+
+
+def peak_memory(device):
+    """Return the most bytes that this process has held so far, on CUDA those of the device; 0 if unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_reserved(device)
+    if device.type == 'cpu' and resource:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return 0
 
 
 def free_memory(device):

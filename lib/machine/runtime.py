@@ -1,8 +1,7 @@
-"""One process: where it computes, how it starts, its clock, torch.compile and signals. Nothing here is about GPT."""
+"""One process: where it computes, how it starts, its clock and torch.compile. Nothing here is about GPT."""
 import contextlib
 import ctypes
 import os
-import signal
 import sys
 import time
 from dataclasses import dataclass
@@ -225,40 +224,3 @@ class DelayedReader:
             return [0.0] * len(tensor)
         previous[1].synchronize()
         return previous[0].tolist()
-
-
-class Signals:
-    """Remembers that USR1, INT or TERM arrived; training asks at each step. A second INT ends the process at once.
-
-    As a context manager it restores the previous handlers.
-    """
-    LEVELS = {'SIGUSR1': 1, 'SIGINT': 2, 'SIGTERM': 3}  # ranks agree on the highest level that any of them received
-
-    def __init__(self):
-        self.level, self._before = 0, {}
-
-    def __enter__(self):
-        for name in self.LEVELS:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                with contextlib.suppress(ValueError):  # signals are caught in the main thread only
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def name(self, level):
-        """Return the name of a level, as in 'SIGTERM'."""
-        return next(name for name, number in self.LEVELS.items() if number == level)
-
-    def number(self, level):
-        """Return a level's signal number; shells expect 128 + this number as the exit status."""
-        return int(getattr(signal, self.name(level)))
-
-    def _note(self, number, frame):
-        self.level = max(self.level, self.LEVELS[signal.Signals(number).name])
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.write(2, b'\nfinishing this step and saving; press Ctrl-C again to quit without saving\n')
