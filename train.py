@@ -16,8 +16,8 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from lib.generate import sample_text
+from lib.machine import compiler, distributed, runtime
 from lib.machine import device as devices
-from lib.machine import distributed, runtime
 from lib.machine.signals import Signals
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
@@ -233,7 +233,7 @@ def restore(resumed, settings, data, opt, scaler, by_clock, say):
 
 def main(signals):
     settings, data, resumed = preflight.open_run(globals())  # checks everything before anything is built
-    rt = runtime.start(settings, compile_pays=True)
+    rt = runtime.start(settings, trains=True)
     say, warn = (log.say, log.warn) if rt.is_master else (log.ignore, log.ignore)
     rt.assert_same_on_all_ranks('the dataset', data.fingerprint())
     rt.assert_same_on_all_ranks(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1]['iter_num']))
@@ -257,11 +257,24 @@ def main(signals):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
     p = restore(resumed, settings, data, opt, scaler, by_clock, say) if resumed else Progress()
 
-    def try_step(compiled):
-        starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
-        compiled(*rt.to_device(*data.train.batch(starts, block_size)))[1].backward()
+    def try_step(network):
+        """Run a step in every shape and mode that training uses, so that what cannot be compiled fails here."""
+        starts, total = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0], 0.0
+        for context in sorted({block_size // 4, block_size // 2, block_size} if context_warmup else {block_size}):
+            loss = network(*rt.to_device(*data.train.batch(starts, context)))[1]
+            loss.backward()
+            total += float(loss.detach())
+        with torch.no_grad():
+            raw_model.eval()
+            network(*rt.to_device(*data.train.batch(starts, block_size)))
+            raw_model.train()
+        return total
 
-    compiled_model = runtime.compile_or_fall_back(raw_model, rt, settings.given('compile'), try_step)
+    def seconds_ahead(step_seconds):
+        updates_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
+        return min(step_seconds * updates_left, 60 * max_minutes or math.inf)
+
+    compiled_model = compiler.compile_or_fall_back(raw_model, rt, settings.given('compile'), try_step, seconds_ahead)
     model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
