@@ -46,7 +46,7 @@ def check(s):
             errors.append(error.message)
     if not s.given('lr_decay_iters'):
         s['lr_decay_iters'] = s['max_iters']
-    here = {} if s['on'] == 'here' else {'device': 'cpu', 'dtype': 'float32'}  # what is checked is not the card
+    here = {} if s['on'] == 'here' else {'device': 'cpu', 'dtype': 'float32'}  # the checks are about this machine
     checked = resolve(dict(s), [])
     checked.origins = s.origins
     checked.update(here)

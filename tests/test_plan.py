@@ -106,7 +106,7 @@ def test_a_checkpoint_has_the_planned_bytes(run, workdir, optimizer):
 
 # memory
 
-# a training step in a process of its own, whose memory is given back at once when it is freed: see measured_peak
+# a training step in another process, whose memory is given back at once when it is freed: see measured_peak
 STEP = '''
 import json, sys, torch
 from lib.training.optim import make_optimizer

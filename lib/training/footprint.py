@@ -1,6 +1,6 @@
 """How much memory training takes, found by running one training step on tensors that have no data.
 
-Such a tensor has a shape, a dtype and a device, so the model's own code decides what is allocated and for how long,
+Such a tensor has a shape, a dtype and a device, so the model's code decides which tensors exist and for how long,
 and no formula has to follow its changes. Only tensors are counted, not what libraries allocate internally.
 """
 import functools
