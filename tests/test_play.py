@@ -284,6 +284,12 @@ def test_a_passage_comes_from_the_validation_split(play, folder):
     assert play('out').ask('passage', place=0.5, tokens=8) == [{'text': 'efghabcd'}]
 
 
+def test_a_passage_begins_with_a_line_if_one_is_near(play, folder):
+    write_dataset(folder / 'data' / 'mine', [2] * 20, [2, 3, 4, 0, 5, 6, 7, 8] * 4, chars=CHARS)
+    write_run(folder / 'out', config={'dataset': 'mine'})
+    assert play('out').ask('passage', place=0.5, tokens=16) == [{'text': 'defgabc\ndefg'}]
+
+
 # several readers, and a run that goes on
 
 def test_requests_of_many_readers_are_each_answered_as_if_alone(play, folder):
