@@ -29,7 +29,7 @@ OTHER_FILES = {  # first bytes -> what begins with them
     b'xar!': 'a xar archive',
     b'!<arch>\n': 'an ar or deb archive', b'\xed\xab\xee\xdb': 'an rpm package', b'x\x01': 'a zlib stream',
     b'x\x9c': 'a zlib stream', b'x\xda': 'a zlib stream', b'\xff\x06\0\0sNaPpY': 'a snappy file',
-    b'\xd0\xcf\x11\xe0': 'a Word or Excel file', b'{\\rtf': 'a rich text file', b'%!PS': 'a PostScript file',
+    b'\xd0\xcf\x11\xe0': 'a Word or Excel file', b'{\\rtf': 'a rich text file', b'%!PS-Adobe': 'a PostScript file',
     b'AT&TFORM': 'a DjVu file', b'SQLite format 3\0': 'an SQLite database', b'\x93NUMPY': 'a NumPy array',
     b'\x89HDF': 'an HDF5 file', b'ARROW1': 'an Arrow (Feather) file', b'\xff\xff\xff\xff': 'an Arrow stream',
     b'ORC': 'an ORC file', b'Obj\x01': 'an Avro file', b'GGUF': 'a model (GGUF)', b'bplist00': 'a property list',
@@ -38,7 +38,7 @@ OTHER_FILES = {  # first bytes -> what begins with them
     b'\xca\xfe\xba\xbe': 'a program', b'\0asm': 'a program', b'PACK\0': 'a git pack', b'wOFF': 'a font',
     b'wOF2': 'a font', b'\0\1\0\0': 'a font', b'OTTO\0': 'a font', b'\x13W\x9a\xce': 'a gdbm database',
     b'\xce\x9aW\x13': 'a gdbm database', b'\xcf\x9aW\x13': 'a gdbm database'}
-WORDS = {b'ORC', b'RIFF', b'MSCF', b'%!PS', b'xar!', b'AT&TFORM', b'ID3', b'OggS', b'fLaC', b'GIF8'}  # a text may be
+WORDS = {b'ORC', b'RIFF', b'MSCF', b'xar!', b'AT&TFORM', b'ID3', b'OggS', b'fLaC', b'GIF8'}  # a text may be
 PACKED = {b'\x1f\x8b': ('gzip', gzip.open), b'BZh': ('bzip2', bz2.open), b'\xfd7zXZ\0': ('xz', lzma.open),
           b']\0\0': ('lzma', lzma.open)}
 IN_ZIP = {'word/document.xml': 'a Word document (docx)', 'xl/workbook.xml': 'an Excel file (xlsx)',
@@ -57,6 +57,8 @@ def _kind_of(start):
         return 'a film or picture'
     if start[:2] in (b'MZ', b'BM') and b'\0' in start[:16]:
         return 'a program' if start[:2] == b'MZ' else 'a picture'
+    if start[12:16] in (b'a\x15\6\0', b'\0\6\x15a'):
+        return 'a Berkeley DB database'
     if start[60:68] == b'BOOKMOBI':
         return 'a Kindle book'
     if start[8:10] == b'{"' and start[3:8] == bytes(5):

@@ -35,6 +35,8 @@ def _encoding_advice(error, codec):
             return f'; its byte order mark says --encoding={name}'
     if error.reason in ('unexpected end of data', 'incomplete multibyte sequence', 'truncated data'):
         return ', where it ends within a character; is the file truncated?'
+    if name := _unmarked(data):
+        return f'; try --encoding={name}'
     n_controls = len(data) - len(data.translate(None, _CONTROL))
     if b'\0' in data or 100 * n_controls > len(data):
         return ' and does not look like text; leave it out, or convert it to plain text'
@@ -42,8 +44,6 @@ def _encoding_advice(error, codec):
     # ten valid characters are no accident: text in another encoding rarely contains two that are valid UTF-8
     if codecs.lookup(codec).name == 'utf-8' and sum(not char.isascii() for char in before) > 10:
         return '; the text before it is UTF-8, so this byte is damaged: fix it there'
-    if name := _unmarked(data):
-        return f'; try --encoding={name}'
     guesses = [f'--encoding={name} ({use})' for name, use in (('gb18030', 'Chinese'), ('cp1252', 'Western European'))
                if name != codec and _begins_with(data, name)]
     if guesses:
