@@ -71,10 +71,9 @@ class Settings(dict):
 
 
 class _ConfigScope(dict):
-    """The local scope of a config file. It records the line of each assignment and leaves flags unchanged.
+    """The local scope of a config file: records the line of each assignment and leaves flags unchanged.
 
-    `module` holds the file's globals, so that functions and comprehensions see the same names.
-    """
+    `module`: the file's globals, so that comprehensions see the same names."""
 
     def __init__(self, module, flags):
         super().__init__()

@@ -110,14 +110,6 @@ def banner(rt, settings, data, model, sequences, max_iters, resumed):
     return lines
 
 
-def warn_if_long(minutes, limit=30):
-    """Warn if a run on the CPU takes more than `limit` minutes and name a shorter one; returns whether it did."""
-    if minutes > limit:
-        warn(f'this takes {duration(minutes)} or more on the CPU; --max_minutes=3 in place of --max_iters trains for '
-             'three minutes, and config/train_shakespeare_char.py is a recipe made for that')
-    return minutes > limit
-
-
 def append_log(path, record):
     """Append a record to log.jsonl; NaN and infinity become null. A full disk is only a warning."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
