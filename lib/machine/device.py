@@ -1,4 +1,5 @@
 """Which device and dtype to use, and how fast the device is."""
+import contextlib
 import functools
 import re
 import sys
@@ -84,6 +85,17 @@ def device_problem(name):
     if device.type == 'mps' and not torch.backends.mps.is_available():
         return 'device=mps: no MPS here; use --device=cpu'
     return ''
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """Keep cuDNN's attention off in this block: it builds a plan for each length, in generation for each token."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def native_bf16():

@@ -213,10 +213,10 @@ def strip_prefix(name):
     return name
 
 
-def find_latest(out_dir):
+def find_latest(out_dir, mmap=False):
     """Return (path, checkpoint) of the newest complete training state in `out_dir`, or None if there are no files.
 
-    Skipped files are reported on stderr; UserError if there are files but none is complete.
+    Skipped files are reported on stderr; UserError if there are files but none is complete. mmap: see `load`.
     """
     skipped = []
     for name in ('last.pt', 'last.prev.pt', 'ckpt.pt'):
@@ -224,7 +224,7 @@ def find_latest(out_dir):
         if not os.path.lexists(path):
             continue
         try:
-            state = load(path)
+            state = load(path, mmap)
             if missing := [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in state]:
                 raise UserError(f'{path} has no {" and no ".join(missing)}: a model, but not a training state')
         except UserError as error:
