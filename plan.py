@@ -46,7 +46,7 @@ def check(s):
             errors.append(error.message)
     if not s.given('lr_decay_iters'):
         s['lr_decay_iters'] = s['max_iters']
-    here = {} if s['on'] == 'here' else {'device': 'cpu', 'dtype': 'float32'}  # what is checked is not the card
+    here = {} if s['on'] == 'here' else {'device': 'cpu', 'dtype': 'float32'}  # the checks are about this machine
     checked = resolve(dict(s), [])
     checked.origins = s.origins
     checked.update(here)
@@ -174,7 +174,7 @@ def main():
         device_type, capacity = 'cuda', 1e9 * (s['memory'] or cards.MEMORY_GB[card])
         print(f'{job.gpus} x {card}, {plan.size(capacity)}, {str(job.dtype).removeprefix("torch.")}\n')
     else:
-        rt = runtime.start(s, compile_pays=True)
+        rt = runtime.start(s, trains=True)
         job = plan.job_from(s, config, rt.dtype, data, s['gpus'])
         device_type, capacity = rt.device.type, 1e9 * s['memory'] or devices.free_memory(rt.device)
         print(f'this machine: {rt.description}\n')

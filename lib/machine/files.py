@@ -6,7 +6,18 @@ import re
 import secrets
 from pathlib import Path
 
-NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # file systems that have no fsync, or none for folders
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+# of fsync, on file systems that have none, or none for folders; macOS has both ENOTSUP and EOPNOTSUPP
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY}
+
+
+def temporary_name(path):
+    """Return a path beside `path` that no two writers use."""
+    return path.with_name(f'{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}')
 
 
 @contextlib.contextmanager
@@ -20,13 +31,14 @@ def atomic_write(path):
             json.dump(meta, file)
     """
     path = Path(path)
-    temporary = path.with_name(f'{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}')  # never used by two writers
+    temporary = temporary_name(path)
     try:
         with open(temporary, 'xb') as file:
             mode = os.stat(file.fileno()).st_mode  # what the umask allows; some libraries write for their owner only
         yield temporary
         if os.stat(temporary).st_mode != mode:
-            os.chmod(temporary, mode)
+            with contextlib.suppress(OSError):  # CIFS, FUSE and FAT may have no permissions to set
+                os.chmod(temporary, mode)
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
         if hasattr(os, 'O_DIRECTORY'):  # not on Windows
@@ -37,10 +49,37 @@ def atomic_write(path):
             temporary.unlink()
 
 
+@contextlib.contextmanager
+def alone_in(folder):
+    """Lock `folder` for this process while the block runs; BlockingIOError if another process has it.
+
+    Yields whether there is a lock: some systems and file systems have none.
+    """
+    fd, locked = None, False
+    try:
+        if fcntl:
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                raise
+            except OSError:  # a network file system, for example
+                pass
+        yield locked
+    finally:
+        if fd is not None:
+            os.close(fd)
+
+
 def leftovers(folder, names):
     """Return the temporary files that killed writers of `names` left in `folder`. The caller must hold its lock."""
     pattern = re.compile(rf'({"|".join(map(re.escape, names))})\.tmp\.\d+(\.[0-9a-f]{{8}})?')
-    return sorted(p for p in Path(folder).iterdir() if pattern.fullmatch(p.name) and p.is_file() and not p.is_symlink())
+    try:
+        return sorted(p for p in Path(folder).iterdir()
+                      if pattern.fullmatch(p.name) and p.is_file() and not p.is_symlink())
+    except OSError:  # a network file system, for example, that has just gone
+        return []
 
 
 def _sync(path, flags):

@@ -142,9 +142,16 @@ def read_log(path):
 
 def trim_log(path, iter_num, evaluated):
     """Remove what a resumed run will log again: updates from iter_num on, and evaluations after step `evaluated`."""
-    kept = [r for r in read_log(path) if r.get('iter', -1) < iter_num and r.get('step', -1) <= evaluated]
-    with files.atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(record) + '\n' for record in kept)
+    try:
+        records = read_log(path)
+    except OSError as error:
+        return warn(f'{path} cannot be read ({error.strerror}); a resumed run may be in it twice')
+    kept = [r for r in records if r.get('iter', -1) < iter_num and r.get('step', -1) <= evaluated]
+    try:
+        with files.atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(record) + '\n' for record in kept)
+    except OSError as error:
+        return warn(f'could not shorten {path} ({error.strerror}); what is trained again will be in it twice')
 
 
 def in_notebook():

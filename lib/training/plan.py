@@ -168,7 +168,7 @@ def eval_flops(job):
 
 
 def run_flops(job, max_iters=0):
-    """Return the FLOPs of the run's updates and evaluations. max_iters: for a job that ends by the clock."""
+    """Return the FLOPs of the run's updates and evaluations. max_iters: for a job with a time limit."""
     updates = max_iters or job.max_iters
     training = sum(fraction * context * flops_per_token(job, context) for fraction, context in job.contexts)
     evaluations = updates // job.eval_interval + 2
@@ -178,7 +178,7 @@ def run_flops(job, max_iters=0):
 def minutes_from(job, seconds_per_update, seconds_per_eval):
     """Return (minutes, updates) of the run from the time of its parts.
 
-    seconds_per_update: {context: seconds}. If the run ends by the clock, the minutes are given and updates follow.
+    seconds_per_update: {context: seconds}. If max_minutes ends the run, the updates follow from it.
     """
     if job.max_iters:
         update = sum(fraction * seconds_per_update[context] for fraction, context in job.contexts)
