@@ -229,8 +229,7 @@ def describe(source, values, doc=''):
     return '\n'.join(lines)
 
 
-def stop(errors):
-    """End the program with exit status 2, printing a user's mistakes on stderr, one per line."""
+def stop(errors):  # one line per mistake, exit status 2
     print('\n'.join(f'error: {error}' for error in errors), file=sys.stderr, flush=True)
     raise SystemExit(2)
 

@@ -11,7 +11,7 @@ from conftest import TINY
 from kit import Ranks, differences, load, trained_part
 
 import kernels
-from lib.machine import runtime
+from lib.machine import runtime, signals
 from lib.text import dataset
 from lib.text.dataset import open_dataset, train_starts
 from lib.training.log import read_log

@@ -94,10 +94,12 @@ def tokens_line(tokens_per_iter, train_tokens, max_iters):
     return f'tokens per iteration: {tokens_per_iter:,} ({epoch:,.0f} iterations per epoch{epochs})'
 
 
-def banner(rt, settings, data, model, sequences, max_iters):
+def banner(rt, settings, data, model, sequences, max_iters, resumed):
     """Return the lines printed before training. sequences: per update. max_iters: 0 if a time limit ends the run."""
-    block_size, warmup = settings['block_size'], settings['context_warmup']
-    lines = [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
+    block_size, warmup, lines = settings['block_size'], settings['context_warmup'], []
+    if settings['init_from'] == 'auto' and not resumed:
+        lines.append(f'no checkpoint in {settings["out_dir"]}/: starting from scratch')
+    lines += [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
              f'recipe: {recipe(settings, sys.argv[1:])}; {architecture(model.config)}',
              f'number of parameters: {model.get_num_params() / 1e6:.2f}M',
              *([data.train.describe(block_size)] if data.marks else []),
