@@ -5,8 +5,8 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --help                                              every setting
 
-Python config files and --key=value flags override the settings below; flags win. Ctrl-C saves and prints how to
-resume. The model is in model.py; with these two files open you see one complete training step.
+Config files and --key=value flags override the settings below. Ctrl-C saves and prints how to resume. With this file
+and model.py open you see one complete training step.
 """
 import math
 import textwrap
@@ -395,8 +395,7 @@ def main(signals):
     finish_trackers()
     distributed.finish()
     del lock  # held until here
-    if status:
-        raise SystemExit(status)
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -151,7 +151,7 @@ def test_the_banner_of_a_run_with_a_time_limit_has_no_number_of_epochs():
 def test_a_run_of_hours_is_warned_of_once_with_a_way_to_a_short_one(run, workdir, monkeypatch):
     monkeypatch.setattr('lib.training.trial.probe', lambda *args: (3600.0, 0))  # as if the machine were that slow
     done = run('train.py', *TINY)
-    assert done.err.count('--max_minutes=3') == 1 and 'this run takes about 6h' in done.err
+    assert done.err.count('--max_minutes=3') == 1 and 'this run takes about 10h' in done.err
 
 
 def test_a_short_cpu_run_prints_no_warning(finished):
