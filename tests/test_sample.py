@@ -8,6 +8,7 @@ import torch
 from conftest import REPO
 
 import sample
+from lib.text.prompt import encode_prompt
 from lib.text.tokenizer import ByteTokenizer
 from lib.weights import int8
 from model import GPT, GPTConfig
@@ -192,7 +193,7 @@ def test_without_streaming_a_sample_is_printed_when_it_is_complete(capsys, monke
 def test_an_end_of_text_mark_in_the_prompt_becomes_that_token():
     tok = ByteTokenizer()
     tok.eot, tok.separator = 7, '<|endoftext|>'
-    assert sample.encode_start('<|endoftext|>a<|endoftext|>', tok) == [7, 97, 7]
+    assert encode_prompt('<|endoftext|>a<|endoftext|>', tok) == [7, 97, 7]
 
 
 def test_an_ascii_locale_garbles_neither_the_prompt_nor_the_output(trained):
