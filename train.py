@@ -96,7 +96,7 @@ compile = True  # torch.compile; where it pays unless given
 backend = 'nccl'  # torch.distributed backend; nccl on CUDA and gloo on CPU unless given
 parallel = 'ddp'  # ddp | fsdp (shards a model that does not fit one GPU)
 dist_timeout = 600.0  # seconds without progress after which a run on several ranks ends
-peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured
+peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured on a GPU, no MFU on a CPU
 seed = 1337  # for weights, data order and dropout
 
 
@@ -381,7 +381,8 @@ def main(signals):
             if logged:
                 loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
                 left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
-                mfu = None if lora_rank else raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context)
+                mfu = (None if lora_rank or not peak_flops else
+                       raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context))
                 record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,
                           'grad_norm': float(grad_norm), 'tokens': p.tokens_seen, 'minutes': minutes_now()}
                 write_log('train', log.iter_line(record, elapsed / updates, left), record)

@@ -276,4 +276,5 @@ def long_run_warning(minutes, limit=60):
     if minutes <= limit:
         return ''
     return (f'this run takes about {duration(minutes)}; --max_minutes=3 in place of --max_iters trains for three '
-            'minutes, and a smaller --n_layer, --n_embd or --block_size makes each update shorter')
+            'minutes, config/train_shakespeare_char.py is a recipe made for that, and a smaller --n_layer, --n_embd or '
+            '--block_size makes each update shorter')
