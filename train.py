@@ -9,6 +9,7 @@ Config files and --key=value flags override the settings below. Ctrl-C saves and
 and model.py open you see one complete training step.
 """
 import math
+import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, fields
