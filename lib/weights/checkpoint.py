@@ -136,11 +136,8 @@ def save_run(rt, out_dir, state, model, *, as_best, must, say=print, warn=print)
     return not failed
 
 
-def load(path, mmap=False):
-    """Return the checkpoint at `path` on the CPU, verified; UserError names the file and what is wrong with it.
-
-    mmap: map the file into memory instead of reading it, for readers that need only a part.
-    """
+def read_archive(path, mmap=False):
+    """Return the tensors and plain values in a file of torch.save, checksums verified; UserError if it is damaged."""
     path = Path(path)
     if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6):
         raise UserError(f'torch {torch.__version__} cannot load checkpoints safely (CVE-2025-32434); '
@@ -164,14 +161,22 @@ def load(path, mmap=False):
     if bad:
         raise UserError(f'{path} is corrupt: checksum mismatch in {bad}')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(f'{path} holds Python objects other than tensors and plain values; refusing') from error
     except Exception as error:
         raise UserError(f'{path} is damaged ({first_line(error)})') from error
+
+
+def load(path, mmap=False):
+    """Return the checkpoint at `path` on the CPU, verified; UserError names the file and what is wrong with it.
+
+    mmap: map the file into memory instead of reading it, for readers that need only a part.
+    """
+    state = read_archive(path, mmap)
     if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ('model', 'model_args'))):
         raise UserError(f'{path} is not a checkpoint of this program: it has no model and model_args')
-    if problem := schema.state_problem(state, size):
+    if problem := schema.state_problem(state, Path(path).stat().st_size):
         raise UserError(f'{path} is not a checkpoint of this program: {problem}')
     plain = {strip_prefix(name): tensor for name, tensor in state['model'].items()}
     if len(plain) < len(state['model']):
