@@ -239,9 +239,14 @@ def stop(errors):
 
 
 def _print_exception(kind, error, trace):
-    """Print one word on Ctrl-C instead of a traceback; Python then ends with status 130, which shells expect."""
+    """Print a line when memory runs out, and one word on Ctrl-C, instead of a traceback.
+
+    After Ctrl-C Python ends with status 130, which shells expect.
+    """
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
+    elif issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
+        print(f'error: out of memory ({reason(error)})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

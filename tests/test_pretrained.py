@@ -443,7 +443,7 @@ def test_sizes_that_the_files_are_too_small_for_are_refused_before_a_model_is_bu
     assert 'config.json' in refusal(copy)
 
 
-@pytest.mark.parametrize('content', ['[]', '{', '[' * 100_000, '{"n_layer": ' + '9' * 5000 + '}', '"x"', 'null', '\ufeff{}'])
+@pytest.mark.parametrize('content', ['[]', '{', '[' * 100_000, '{"n_layer": ' + '9' * 5000 + '}', '"x"', 'null'])
 def test_a_config_json_that_is_none_is_one_line(copy, content):
     (copy / 'config.json').write_text(content, encoding='utf-8')
     assert '\n' not in refusal(copy)

@@ -215,7 +215,7 @@ def find_latest(out_dir):
     skipped = []
     for name in ('last.pt', 'last.prev.pt', 'ckpt.pt'):
         path = Path(out_dir) / name
-        if not path.exists():
+        if not os.path.exists(path):
             continue
         try:
             state = load(path)
@@ -235,10 +235,13 @@ def find_latest(out_dir):
 def folder_problem(out_dir):
     """Return why `out_dir` cannot be created or written, or '' if nothing is seen to prevent it."""
     path = Path(out_dir).absolute()
-    while not path.exists():
-        path = path.parent
-    writable = path.is_dir() and os.access(path, os.W_OK)
-    return '' if writable else f'out_dir {str(out_dir)!r} is not a writable folder; choose another'
+    try:
+        while not path.exists():
+            path = path.parent
+        writable, why = path.is_dir() and os.access(path, os.W_OK), ''
+    except (OSError, ValueError) as error:  # too long, or with NUL
+        writable, why = False, f' ({getattr(error, "strerror", None) or error})'
+    return '' if writable else f'out_dir {str(out_dir)[:80]!r} is not a writable folder{why}; choose another'
 
 
 def lock_out_dir(out_dir):

@@ -1,5 +1,4 @@
 """OpenAI's GPT-2 and models in its Hugging Face layout: config, weights and tokenizer, from the hub or a folder."""
-import json
 import socket
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -211,8 +210,7 @@ class Source:
         if missing:
             raise self.error(f'{path} lacks {len(missing)} tensors of the model, e.g. {next(iter(missing))}')
         if head is not None and not torch.equal(head, model.transformer.wte.weight):
-            raise self.error(f'{path}: lm_head.weight differs from the embedding: this model is not GPT-2, whose output '
-                             'head is its embedding')
+            raise self.error(f'{path}: lm_head.weight differs from the embedding, which is the output head of a GPT-2')
         if block_size:
             crop_block_size(model, block_size)
         return model.eval()
@@ -283,7 +281,7 @@ def _describe_damage(path, error):
     try:  # eight bytes give the length of a JSON header, which gives the offsets of each tensor after it
         with open(path, 'rb') as file:
             start = 8 + int.from_bytes(file.read(8), 'little')
-            header = json.loads(file.read(min(start - 8, size)))
+            header = parse_json(file.read(min(start - 8, size)))
         ends = {name: start + entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'}
         name = next(name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size)
         return f'is cut off in {name} ({size:,} of {max(ends.values()):,} bytes)'
