@@ -1,12 +1,9 @@
 """Settings of a script: the literals at its top, then config files, then --key=value flags.
 
-A script states its settings as plain assignments, each with a comment:
-
-    batch_size = 12  # sequences per micro-batch
-
-and first calls `configure(globals())` in main(). The type of the default is the schema. Flags override config files
-wherever they are on the command line, and a later config file overrides an earlier one. A config file is Python and
-is executed: read a stranger's config before you run it.
+A script states its settings as assignments with a comment (batch_size = 12  # sequences per micro-batch) and first
+calls `configure(globals())` in main(). The type of the default is the schema. Flags override config files wherever
+they are on the command line, and a later config file overrides an earlier one. A config file is Python and is
+executed: read a stranger's config before you run it.
 """
 import difflib
 import inspect
@@ -46,15 +43,12 @@ class Origin(NamedTuple):
 
 
 class Settings(dict):
-    """{name: value}, with the `origins` of the values and the `errors` found while reading them.
-
-    understood: False if a config file or a word could not be read, so that the values are not what the user meant.
-    """
+    """{name: value}, with the `origins` of the values and the `errors` found while reading them."""
 
     def __init__(self, values):
         super().__init__(values)
         self.origins = dict.fromkeys(values, Origin())
-        self.errors, self.understood = [], True
+        self.errors, self.understood = [], True  # False: the values are not what the user meant
 
     def put(self, name, value, kind, place):
         self[name], self.origins[name] = value, Origin(kind, str(place))
@@ -241,8 +235,7 @@ def stop(errors):
     raise SystemExit(2)
 
 
-def _print_exception(kind, error, trace):
-    """Print one word on Ctrl-C instead of a traceback; Python then ends with status 130, which shells expect."""
+def _print_exception(kind, error, trace):  # Python then ends with status 130, which shells expect
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     else:

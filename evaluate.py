@@ -106,13 +106,12 @@ def load_windows(split, batch):
 
 @torch.inference_mode()
 def split_loss(model, rt, split, block_size, stride):
-    """Return (summed loss in nats, number of targets): the N - 1 of a datasets.Split, or those in its dialogues."""
-    nats, n = 0.0, 0
+    """Return the summed loss in nats over the N - 1 targets of a datasets.Split, or over those in its dialogues."""
+    nats = 0.0
     for idx, targets in window_batches(split, block_size, stride):
         mean = float(model(*rt.to_device(idx, targets))[1])
-        n_targets = int((targets >= 0).sum())
-        nats, n = nats + mean * n_targets, n + n_targets
-    return nats, n
+        nats += mean * int((targets >= 0).sum())
+    return nats
 
 
 @torch.inference_mode()
@@ -176,10 +175,11 @@ def run_text(model, tok, rt, state):
     name, tokens = (text, split_of_text(tok)) if text else split_of_dataset(tok, state, block_size)
     if len(tokens) < 2:
         raise UserError(f'{name} has {len(tokens)} tokens; a loss needs at least 2')
-    nats, n = split_loss(model, rt, tokens, block_size, stride or block_size)
+    nats = split_loss(model, rt, tokens, block_size, stride or block_size)
+    n = tokens.n_targets - (tokens.dialogues.n_lost if tokens.dialogues is not None else 0)
     line = f'{name}: loss {nats / n:.4f}, perplexity {math.exp(min(nats / n, 700)):.4f}'
     if tokens.n_bytes:
-        line += f', bpb {tokens.bits_per_byte(nats / n, whole=True):.4f}'
+        line += f', bpb {tokens.bits_per_byte(nats / n, tokens.n_targets):.4f}'
     return f'{line} ({n:,} targets, windows of {block_size}, stride {stride or block_size})'
 
 

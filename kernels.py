@@ -38,6 +38,37 @@ def linear(x, weight, bias=None):
     return y if bias is None else y + bias
 
 
+class CastTogetherFunction(torch.autograd.Function):
+    """[w.to(dtype) for w in weights] in two operations, and their gradients in two."""
+
+    @staticmethod
+    def forward(ctx, dtype, *weights):
+        ctx.shapes, ctx.dtype = [w.shape for w in weights], weights[0].dtype
+        return CastTogetherFunction.parts(weights, dtype, ctx.shapes)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        return None, *CastTogetherFunction.parts(grads, ctx.dtype, ctx.shapes)
+
+    @staticmethod
+    def parts(tensors, dtype, shapes):
+        flat = torch.cat([t.flatten() for t in tensors]).to(dtype)
+        return tuple(part.view(s) for part, s in zip(flat.split([s.numel() for s in shapes]), shapes))
+
+
+def cast_weights(layers, dtype):
+    """Set layer.cast = layer.weight.to(dtype) for each of `layers`; do nothing where it does not pay.
+
+    For small models on a CPU, where casting each weight by itself takes longer than its share of the memory traffic.
+    """
+    weights = [layer.weight for layer in layers]
+    small = weights and weights[0].dtype != dtype and sum(w.numel() for w in weights) <= 2**24
+    if small and _fast(weights[0]) and all(type(w) is torch.nn.Parameter for w in weights):  # FSDP's are not
+        for layer, cast in zip(layers, CastTogetherFunction.apply(dtype, *weights)):
+            layer.cast = cast
+
+
 def _dropout_mask(x, p):
     """Return a tensor like x that holds 0 with probability p, else 1 / (1 - p); p is rounded to k / 65536.
 
@@ -94,27 +125,32 @@ class RotateFunction(torch.autograd.Function):
     """Rotation in three passes over memory; its gradient is rotated back by the same angles."""
 
     @staticmethod
-    def forward(ctx, x, cos, sin, direction=1):
-        if direction == 1:
-            ctx.save_for_backward(cos, sin)
+    def forward(ctx, x, cos, sin):
+        ctx.save_for_backward(cos, sin)
+        B, T, n, nh, hs = x.shape
+        y = x.new_empty(n, B, nh, T, hs).permute(1, 3, 0, 2, 4)  # so attention need not copy its queries and keys
         first, second = x.chunk(2, -1)
-        return (x * cos).addcmul_(torch.cat([second, first], -1), sin, value=direction)
+        return torch.mul(x, cos, out=y).addcmul_(torch.cat([second, first], -1), sin)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        return RotateFunction.forward(None, dy, *ctx.saved_tensors, -1), None, None, None
+        (cos, sin), (first, second) = ctx.saved_tensors, dy.chunk(2, -1)
+        return (dy * cos).addcmul_(torch.cat([second, first], -1), sin, value=-1), None, None
 
 
 def rotate(x, cos, sin):
-    """x * cos + x.roll(x.size(-1) // 2, -1) * sin, where sin has opposite signs in the two halves."""
+    """x * cos + x.roll(x.size(-1) // 2, -1) * sin, where sin has opposite signs in the two halves.
+
+    x: (B, T, n, nh, hs): queries and keys, say, of which n = 2. cos, sin: broadcast to x.
+    """
     if _fast(x) and torch.is_grad_enabled():
         return RotateFunction.apply(x, cos, sin)
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class ReLUSquaredFunction(torch.autograd.Function):
-    """relu(x)^2 whose backward takes two passes over memory; autograd's takes five."""
+    """relu(x)^2 whose backward is one operation; autograd's takes five."""
 
     @staticmethod
     def forward(ctx, x):
@@ -126,7 +162,7 @@ class ReLUSquaredFunction(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         r, = ctx.saved_tensors
-        return (dy * r).mul_(2)
+        return torch.addcmul(_constant(0.0), dy, r, value=2)
 
 
 def relu_squared(x):

@@ -91,8 +91,8 @@ def precompute_rope(block_size, hs):
 
 
 def apply_rotary_emb(x, rope):
-    """Rotate the pairs (i, i + hs / 2) of each head of x (B, T, nh, hs) by the angles in rope (2, T, hs)."""
-    cos, sin = rope.to(x.dtype).unsqueeze(2)  # (T, 1, hs) each
+    """Rotate the pairs (i, i + hs / 2) of each head of x (B, T, 2, nh, hs) by the angles in rope (2, T, hs)."""
+    cos, sin = rope.to(x.dtype)[:, :, None, None]  # (T, 1, 1, hs) each
     return kernels.rotate(x, cos, sin)  # x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
@@ -121,6 +121,7 @@ class KVCache:
 class Linear(nn.Linear):
     """nn.Linear whose product is computed in `compute_dtype`, in whatever dtype its weights are stored."""
     compute_dtype = None  # None: the dtype of the weights
+    cast = None  # the weight in compute_dtype, if GPT.forward has cast those of all layers together
 
     def reset_parameters(self):
         pass  # GPT._init_weights does it
@@ -130,7 +131,8 @@ class Linear(nn.Linear):
         if x.dtype == self.weight.dtype == dtype:  # skip no-op casts: they are 5% of a small model's time per token
             return kernels.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        return kernels.linear(x.to(dtype), self.weight.to(dtype), bias)
+        weight = self.weight.to(dtype) if self.cast is None else self.__dict__.pop('cast')  # it serves once
+        return kernels.linear(x.to(dtype), weight, bias)
 
 
 class Embedding(nn.Embedding):
@@ -154,13 +156,12 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x, rope=None, cache=None):
         B, T, C = x.size()
-        qkv = self.c_attn(x).view(B, T, 3 * self.n_head, C // self.n_head)
-        qk, v = qkv.split([2 * self.n_head, self.n_head], dim=2)  # (B, T, 2 nh, hs) and (B, T, nh, hs)
+        qk, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).split([2, 1], dim=2)  # (B, T, 2, nh, hs)
         if self.qk_norm is not None:
             qk = self.qk_norm(qk)
         if rope is not None:
             qk = apply_rotary_emb(qk, rope)
-        q, k = qk.chunk(2, dim=2)
+        (q, k), v = qk.unbind(2), v.squeeze(2)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs) each
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, nh, S, hs)
@@ -224,6 +225,7 @@ class GPT(nn.Module):
         if errors := config.validate():
             raise ValueError('; '.join(errors))
         self.config = config
+        self.linears = []  # of the blocks, once set_compute_dtype has been called
         self.checkpoint_activations = False  # recompute each block in the backward pass instead of storing it
         self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
@@ -269,6 +271,7 @@ class GPT(nn.Module):
         T, start = idx.size(1), cache.pos if cache is not None else 0
         if start + T > self.config.block_size:
             raise ValueError(f'{start + T} tokens are more than block_size={self.config.block_size}')
+        kernels.cast_weights(self.linears, self.dtype)  # layer.cast = layer.weight.to(self.dtype)
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.smear is not None:
             x = self._smear(x, cache)
@@ -315,6 +318,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.compute_dtype = dtype
+        self.linears = [module for module in self.transformer.h.modules() if isinstance(module, Linear)]
 
     @property
     def dtype(self):

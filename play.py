@@ -32,7 +32,7 @@ port = 8765  # 0 any; unless given, the next free port from this one on
 open = True  # open the page in the browser
 
 # machine
-device = 'auto'  # cpu | cuda | cuda:1 | mps; the best there is unless given
+device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
 dtype = 'auto'  # of weights and arithmetic: float32 | bfloat16 | float16; what the device does fast unless given
 
 

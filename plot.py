@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 
 from configurator import UserError, configure
-from lib.training import curves, log
+from lib.training import curves, log, sweep_plot, sweep_results
 
 out_dir = 'out'  # folders of training runs, relative to the working directory
 axis = 'iterations'  # iterations | tokens | minutes
@@ -72,6 +72,8 @@ def summary(run, width=80):
 def main():
     configure(globals(), check=check, words='out_dir')
     folders = out_dir.split('\n')
+    if len(folders) == 1 and sweep_results.find(folders[0]):
+        return print(f'wrote {sweep_plot.draw(folders[0], output)}')
     runs = read_runs(folders)
     for run in runs:
         print(summary(run, shutil.get_terminal_size().columns))

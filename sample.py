@@ -106,7 +106,7 @@ def main(argv=None):
         if settings.given('start'):
             print_answer(conversation, prompt, live)
         else:
-            talk(conversation, live)
+            talk(conversation, live, lambda text: fit_to_vocabulary(text, '', tok, fold)[0])
         return
     pieces = generate_text(model, tok, encode_prompt(prompt, tok), num_samples, max_new_tokens, stop=stop_text,
                            live=live, **rules)

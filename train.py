@@ -21,7 +21,7 @@ from lib.machine import device as devices
 from lib.machine.signals import Signals
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
-from lib.training import curves, log, preflight
+from lib.training import curves, log, preflight, trial
 from lib.training.guard import Guard
 from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
@@ -169,7 +169,7 @@ def final_losses(compiled_model, raw_model, rt, data):
         n_batches = min(len(split), max_targets or len(split)) // (block_size * batch_size * rt.world_size)
         batches = log.progress(batches, n_batches, 'last evaluation', show=rt.is_master)
         losses.append(estimate_loss(compiled_model, raw_model, rt, batches))
-    return losses, data.val.bits_per_byte(losses[1], whole=True)
+    return losses, data.val.bits_per_byte(losses[1], data.val.n_targets)
 
 
 def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
@@ -187,12 +187,13 @@ def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
     bpb = data.val.bits_per_byte(losses[1])
     record = {'step': p.iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
               'train_bpb': data.train.bits_per_byte(losses[0]),
-              'tokens': p.tokens_seen, 'minutes': p.minutes}
+              'tokens': p.tokens_seen, 'minutes': p.minutes, 'val_data': data.val.sha256[:12]}
     if last:
         say('the last evaluation reads the whole validation split')
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
         record.update(whole_train_loss=losses[0], whole_val_loss=losses[1], whole_val_bpb=bpb)
-    return log.step_line(p.iter_num, *losses, bpb), record
+    since_best = curves.evaluations_since_best(p.history)
+    return log.step_line(p.iter_num, *losses, bpb, since_best, patience), record
 
 
 def build_model(settings, data, resumed):
@@ -211,7 +212,7 @@ def build_model(settings, data, resumed):
     return model
 
 
-def restore(resumed, settings, data, opt, scaler, say):
+def restore(resumed, settings, data, opt, scaler, by_clock, say):
     """Return the Progress of a checkpoint, with the optimizer and the scaler as they were; print what differs."""
     path, state = resumed
     p = Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
@@ -224,6 +225,9 @@ def restore(resumed, settings, data, opt, scaler, say):
         load_optimizer_state(opt, state['optimizer'], path)
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
+        before = state['optimizer']['param_groups'][-1].get('lr', 0.0)
+        now = learning_rate * get_lr_scale(p.iter_num, run_fraction(p.iter_num, p.minutes, by_clock), by_clock)
+        say(f'learning rate: {before:.3g} in the last update, {now:.3g} in the next')
     return p
 
 
@@ -251,7 +255,7 @@ def main(signals):
         say(line)
     if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
-    p = restore(resumed, settings, data, opt, scaler, say) if resumed else Progress()
+    p = restore(resumed, settings, data, opt, scaler, by_clock, say) if resumed else Progress()
 
     def try_step(network):
         """Run a step in every shape and mode that training uses, so that what cannot be compiled fails here."""
@@ -278,6 +282,7 @@ def main(signals):
         distributed.finish()
         return
 
+    trial.announce(lambda: try_step(compiled_model), settings, data, raw_model, opt, rt, p.iter_num, say, warn)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):
         warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')
@@ -298,8 +303,7 @@ def main(signals):
     def write_log(kind, line, record):
         say(line)
         if rt.is_master:
-            data_id = {'val_data': data.val.sha256[:12]} if kind == 'eval' else {}  # plot.py compares runs
-            log.append_log(f'{out_dir}/log.jsonl', {**record, **data_id})
+            log.append_log(f'{out_dir}/log.jsonl', record)
             track({f'{kind}/{key}': value for key, value in record.items()}, p.iter_num)
 
     def save(as_best, must):

@@ -1,4 +1,4 @@
-"""Update the tables and pictures of docs/results.md from the JSON files in docs/.
+"""Update the tables and pictures of docs/results.md and docs/experiments.md from the JSON files in docs/.
 
     python benchmarks/results_page.py
 
@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.harness import read, table
 from configurator import REPO
 
-PAGE = REPO / 'docs' / 'results.md'
+DOCS = REPO / 'docs'
 
 
 def chosen(path, patterns):
@@ -98,12 +98,13 @@ def draw_minutes(entries, path):
 
 
 def main():
-    if entry := next(iter(chosen(PAGE.with_name('bench.json'), ['growth*']).values()), None):
-        draw_growth(entry, PAGE.with_name('growth.png'))
-    if runs := chosen(PAGE.with_name('training.json'), ['minutes_*']).values():
-        draw_minutes(sorted(runs, key=lambda run: run['histories']['ours'][0][-1][0]), PAGE.with_name('minutes.png'))
-    PAGE.write_text(fill(PAGE.read_text(encoding='utf-8'), PAGE.parent), encoding='utf-8')
-    print(f'{PAGE} is up to date')
+    if entry := next(iter(chosen(DOCS / 'bench.json', ['growth*']).values()), None):
+        draw_growth(entry, DOCS / 'growth.png')
+    if runs := chosen(DOCS / 'training.json', ['minutes_*']).values():
+        draw_minutes(sorted(runs, key=lambda run: run['histories']['ours'][0][-1][0]), DOCS / 'minutes.png')
+    for page in (DOCS / 'results.md', DOCS / 'experiments.md'):
+        page.write_text(fill(page.read_text(encoding='utf-8'), DOCS), encoding='utf-8')
+        print(f'{page} is up to date')
 
 
 if __name__ == '__main__':

@@ -24,7 +24,7 @@ log_interval = 10
 always_save_checkpoint = True  # the operands are random, so the loss hardly shows which model calculates best
 
 # The recipe for small models without a GPU; each config that uses it has the same lines, and a test compares them.
-# Tuned on a held-out tenth of two training texts. docs/results.md says what each choice is worth.
+# Tuned on a held-out tenth of two training texts. docs/experiments.md says what each choice is worth.
 pos = 'rope'  # rotary positions instead of a learned table
 norm = 'rmsnorm'  # cheaper than LayerNorm
 mlp = 'relu2'  # squared ReLU

@@ -36,7 +36,7 @@ if not device.startswith('cuda'):  # a CPU or a Mac
     eval_interval = 250
     eval_iters = 4  # 4 x 4,096 = 16,384 tokens of each split
     # The recipe for small models without a GPU; each config that uses it has the same lines, and a test compares them.
-    # Tuned on a held-out tenth of two training texts. docs/results.md says what each choice is worth.
+    # Tuned on a held-out tenth of two training texts. docs/experiments.md says what each choice is worth.
     pos = 'rope'  # rotary positions instead of a learned table
     norm = 'rmsnorm'  # cheaper than LayerNorm
     mlp = 'relu2'  # squared ReLU

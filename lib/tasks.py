@@ -9,7 +9,7 @@ import math
 import re
 
 from configurator import REPO, UserError
-from lib.text.read_text import download
+from lib.text.download import download
 
 URL = {'hellaswag': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
        'lambada': 'https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl'}

@@ -5,7 +5,6 @@ import pickle
 import random
 import re
 import resource
-import shutil
 import time
 
 import pytest
@@ -207,22 +206,6 @@ def test_a_kill_inside_a_save_leaves_the_old_or_the_new_file_whole(tmp_path):  #
 def test_ten_kills_inside_a_save_leave_the_old_or_the_new_file_whole(tmp_path):  # fault 1
     inside_a_save, wrong = kill_inside_saves(tmp_path, wanted=10)
     assert inside_a_save == 10 and not wrong
-
-
-@pytest.fixture(scope='module')
-def finished():
-    """Where the run that the tests below start from is kept."""
-    return []
-
-
-@pytest.fixture
-def trained(run, workdir, finished):
-    """A finished run of 6 updates in out/, evaluated at 0, 4 and 6; trained once, copied for each test."""
-    if not finished:
-        assert run('train.py', *TINY, '--out_dir=finished').status == 0
-        finished.append(workdir / 'finished')
-    shutil.copytree(finished[0], workdir / 'out')
-    return workdir / 'out'
 
 
 @pytest.fixture
@@ -509,7 +492,7 @@ def test_weights_that_are_not_finite_never_replace_those_on_disk(run, trained):
     for name in ('last.pt', 'last.prev.pt'):
         torch.save(state, trained / name)
     done = resume(run)
-    assert done.status == 1 and 'no such update or checkpoint was kept' in done.last_error
+    assert done.status == 1 and 'neither the update nor a checkpoint of it was kept' in done.last_error
     assert checkpoint.load(trained / 'ckpt.pt')['iter_num'] == before
 
 

@@ -1,4 +1,4 @@
-"""configurator.py: values, where they come from, and what is said of a mistake."""
+"""configurator.py: values, their origins, and error messages."""
 import os
 import signal
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from configurator import REPO, Settings, UserError, configure, describe, find_path, resolve
+from configurator import REPO, Origin, Settings, UserError, configure, describe, find_path, resolve
 
 DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'dataset': 'owt', 'device': 'auto', 'start': ''}
 
@@ -26,15 +26,15 @@ def test_a_flag_is_read_as_the_type_of_the_default(words, name, value):
     assert not settings.errors and settings[name] == value and type(settings[name]) is type(DEFAULTS[name])
 
 
-@pytest.mark.parametrize('words, told', [
+@pytest.mark.parametrize('words, message', [
     (['--batch_size=1.5'], '--batch_size=1.5: expected a whole number'),
     (['--learning_rate=fast'], '--learning_rate=fast: expected a number'),
     (['--bias=2'], '--bias=2: expected True or False'), (['--batch_size'], '--batch_size needs a value'),
     (['--start', '--bias'], '--start needs a value'), (['--datset=x'], 'did you mean dataset?'),
     (['--zzz=1'], '--help lists them all'), (['nope.py'], 'config file nope.py not found'),
     (['batch_size=3'], 'two hyphens: --batch_size=3'), (['-batch-size=3'], 'two hyphens: --batch-size=3')])
-def test_what_cannot_be_read_is_told(words, told):
-    assert told in '\n'.join(resolve(DEFAULTS, words).errors)
+def test_a_mistake_on_the_command_line_is_reported(words, message):
+    assert message in '\n'.join(resolve(DEFAULTS, words).errors)
 
 
 @pytest.fixture
@@ -48,13 +48,13 @@ def config(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize('order', [['--batch_size=5', 'a.py', 'b.py'], ['a.py', 'b.py', '--batch_size=5']])
-def test_flags_beat_configs_wherever_they_stand_and_later_configs_earlier_ones(config, order):
+def test_flags_override_configs_in_any_order_and_a_later_config_an_earlier_one(config, order):
     config('a.py', 'batch_size = 1\ndataset = "a"\nlearning_rate = 1\n')
     config('b.py', 'batch_size = 2\ndataset = "b"\n')
     s = resolve(DEFAULTS, order)
     assert (s['batch_size'], s['dataset'], s['learning_rate']) == (5, 'b', 1.0)
     assert [s.origins[n] for n in ('batch_size', 'dataset', 'learning_rate', 'bias')] == [
-        '--batch_size', 'b.py:2', 'a.py:3', 'default']
+        Origin('flag', '--batch_size'), Origin('config', 'b.py:2'), Origin('config', 'a.py:3'), Origin('default', '')]
 
 
 def test_a_config_file_sees_the_values_so_far(config):
@@ -64,29 +64,29 @@ def test_a_config_file_sees_the_values_so_far(config):
     assert resolve(DEFAULTS, ['a.py', '--device=mps'], early={'device': lambda: 'cpu'})['batch_size'] == 12
 
 
-@pytest.mark.parametrize('text, told', [
+@pytest.mark.parametrize('text, message', [
     ('batch_sise = 3\n', 'a.py:1: unknown setting batch_sise; did you mean batch_size?'),
     ('\nbatch_size = "3"\n', "a.py:2: batch_size = '3': expected int"),
     ('bias = 1\n', 'a.py:1: bias = 1: expected bool'), ('batch_size = None\n', 'expected int'),
     ('x = \n', 'a.py:1: SyntaxError'), ('\nbatch_size = 1 / 0\n', 'a.py:2: ZeroDivisionError'),
     ('dataset = nowhere\n', 'a.py:1: NameError')])
-def test_a_mistake_in_a_config_file_names_the_line(config, text, told):
-    assert told in resolve(DEFAULTS, [config('a.py', text)]).errors[0]
+def test_a_mistake_in_a_config_file_names_the_line(config, text, message):
+    assert message in resolve(DEFAULTS, [config('a.py', text)]).errors[0]
 
 
-def test_every_problem_is_told_and_the_status_is_2(capsys):
+def test_all_mistakes_are_reported_and_the_status_is_2(capsys):
     namespace = dict(DEFAULTS)
     with pytest.raises(SystemExit) as end:
         configure(namespace, ['--bias=2', '--typo=1'], check=lambda s: ['a third'])
-    told = capsys.readouterr().err.splitlines()
-    assert end.value.code == 2 and len(told) == 3 and all(line.startswith('error: ') for line in told)
+    lines = capsys.readouterr().err.splitlines()
+    assert end.value.code == 2 and len(lines) == 3 and all(line.startswith('error: ') for line in lines)
     assert namespace == DEFAULTS
 
 
 def test_a_user_error_is_one_line_and_status_1():
     with pytest.raises(SystemExit) as end:
         raise UserError('out of luck')
-    assert end.value.code == 'error: out of luck'  # which Python prints on its way out with status 1
+    assert end.value.code == 'error: out of luck'  # Python prints it and exits with status 1
 
 
 def test_help_lists_every_setting_with_its_comment(capsys):
@@ -97,36 +97,50 @@ def test_help_lists_every_setting_with_its_comment(capsys):
     assert any('--batch_size' in line and 'int' in line and '12' in line and 'micro-batch' in line for line in lines)
 
 
-def test_help_comes_from_the_defaults_block_alone():
+def test_help_shows_only_the_block_of_defaults():
     script = '"""What it does."""\n\n# a group\nx = 3  # how many\n\ndef f():\n    y = 4  # no setting\n'
     text = describe(script, {'x': 3})
     assert 'What it does.' in text and 'how many' in text and 'a group' in text and 'no setting' not in text
 
 
-def test_a_path_is_looked_up_here_then_in_the_repository(tmp_path, monkeypatch):
+def test_a_path_is_looked_up_in_the_working_directory_then_in_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_path('train.py') == REPO / 'train.py'
     (tmp_path / 'train.py').touch()
     assert find_path('train.py').resolve() == tmp_path / 'train.py'
 
 
-def test_origins_tell_a_flag_from_a_config_from_a_default():
-    s = Settings({'a': 1})
-    assert not s.given('a') and not s.by_flag('a')
-    s.origins['a'] = 'x.py:3'
-    assert s.given('a') and not s.by_flag('a')
-    s.origins['a'] = '--a'
-    assert s.given('a') and s.by_flag('a')
+@pytest.mark.parametrize('kind, place, given, by_flag, typed', [
+    ('default', '', False, False, False), ('config', 'x.py:3', True, False, False),
+    ('flag', '--a', True, True, True), ('flag', 'out/last.pt', True, True, False),  # typed in the run that is resumed
+    ('checkpoint', 'out/last.pt', True, False, False)])
+def test_the_origin_of_a_value_answers_who_set_it(kind, place, given, by_flag, typed):
+    s = Settings({'a': 1, 'b': 2})
+    s.put('a', 3, kind, place)
+    assert (s['a'], s.given('a'), s.by_flag('a'), s.typed('a')) == (3, given, by_flag, typed)
+    assert s.kinds() == {'a': kind, 'b': 'default'}
 
 
-def test_a_folder_in_place_of_a_config_file_is_told_from_a_missing_file(tmp_path, monkeypatch):
+def test_an_automatic_value_is_not_one_that_was_given():
+    s = resolve(DEFAULTS, [], early={'device': lambda: 'cpu'})
+    assert s['device'] == 'cpu' and not s.given('device')
+
+
+@pytest.mark.parametrize('typo, suggestion', [('batch', 'batch_size'), ('learning', 'learning_rate'),
+                                              ('data', 'dataset'), ('baitch_size', 'batch_size')])
+def test_a_name_with_the_typed_prefix_is_suggested_before_a_similar_one(typo, suggestion):
+    known = {**DEFAULTS, 'date': 1}  # `date` is more similar to `data`
+    assert resolve(known, [f'--{typo}=1']).errors == [f'unknown setting --{typo}; did you mean {suggestion}?']
+
+
+def test_a_folder_given_as_a_config_file_is_reported_as_a_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / 'out-x').mkdir()
     assert resolve({'out_dir': 'out'}, ['out-x']).errors == [
-        "out-x is a folder, not a config file; a run's is named by --out_dir=out-x"]
+        'out-x is a folder, not a config file; to name a run, use --out_dir=out-x']
 
 
-def test_the_values_of_a_config_file_that_cannot_be_read_are_not_judged(config, capsys):
+def test_values_are_not_checked_if_a_config_file_cannot_be_read(config, capsys):
     config('a.py', 'batch_size = 1 +\n')
     for words in (['a.py'], ['nope.py'], ['dataset=x']):
         with pytest.raises(SystemExit):
@@ -137,16 +151,16 @@ def test_the_values_of_a_config_file_that_cannot_be_read_are_not_judged(config, 
 SCRIPT = "from configurator import configure; configure({}, [])\n"
 
 
-def test_ctrl_c_is_a_word_and_not_a_traceback():
+def test_ctrl_c_prints_one_word_instead_of_a_traceback():
     done = subprocess.run([sys.executable, '-c', SCRIPT + 'raise KeyboardInterrupt'], cwd=REPO, capture_output=True)
     assert done.stderr == b'interrupted\n' and done.returncode in (-signal.SIGINT, 130)
     done = subprocess.run([sys.executable, '-c', SCRIPT + '1 / 0'], cwd=REPO, capture_output=True)
     assert b'Traceback' in done.stderr and done.returncode == 1
 
 
-@pytest.mark.parametrize('name, wanted', [('ascii', b'??\n'), ('ascii:backslashreplace', b'\\u4eba\\u4e4b\n'),
+@pytest.mark.parametrize('name, expected', [('ascii', b'??\n'), ('ascii:backslashreplace', b'\\u4eba\\u4e4b\n'),
                                           ('gb18030', '人之\n'.encode('gb18030'))])
-def test_an_encoding_that_was_asked_for_is_used_and_what_it_lacks_is_a_question_mark(name, wanted):
+def test_a_requested_encoding_is_used_and_what_it_lacks_becomes_a_question_mark(name, expected):
     done = subprocess.run([sys.executable, '-c', SCRIPT + "print('\\u4eba\\u4e4b')"], cwd=REPO, capture_output=True,
                           env={**os.environ, 'PYTHONIOENCODING': name})
-    assert done.stdout == wanted, done.stderr
+    assert done.stdout == expected, done.stderr

@@ -76,12 +76,13 @@ def test_a_folder_in_the_working_directory_comes_before_the_repositorys(workdir)
 
 def test_a_written_dataset_is_read_with_its_bytes_and_checksums(prepare, tmp_path):
     data = prepare(put(tmp_path / 'book.txt', TEXT))
-    spec, vocab_size, files = data_folder.read('book')
+    spec, vocab_size, files, marks = data_folder.read('book')
     assert spec == data.meta['tokenizer'] and vocab_size == data.meta['vocab_size']
-    for split, (path, ids, n_bytes, sha256) in files.items():
+    assert marks is None
+    for split, (path, ids, n_bytes, sha256, mask) in files.items():
         facts = data.meta['splits'][split]
         assert path.name == f'{split}.bin' and (ids == data.ids[split]).all()
-        assert n_bytes == facts['n_bytes'] and sha256 == facts['sha256']
+        assert n_bytes == facts['n_bytes'] and sha256 == facts['sha256'] and mask is None
 
 
 def test_without_meta_json_the_characters_are_those_of_meta_pkl(tiny):
@@ -91,7 +92,7 @@ def test_without_meta_json_the_characters_are_those_of_meta_pkl(tiny):
 
 def test_without_meta_json_and_meta_pkl_the_ids_are_gpt2s(tiny):
     (tiny / 'meta.json').unlink()
-    spec, vocab_size, files = data_folder.read('tiny')
+    spec, vocab_size, files, _ = data_folder.read('tiny')
     assert spec == {'kind': 'gpt2'} and vocab_size == 50257 and files['val'][2] == 0
 
 
@@ -227,7 +228,7 @@ def test_a_bin_file_of_another_text_is_refused(tiny):  # fault 33
     (lambda m: m.update(vocab_size='many'), "vocab_size is 'many', its tokenizer has 16"),
     (lambda m: m.update(vocab_size=0), 'vocab_size is 0, its tokenizer has 16'),
     (lambda m: m.update(tokenizer={'kind': 'chars'}), "tokenizer of kind 'chars'"),
-    (lambda m: m.update(tokenizer=None), "'NoneType' object has no attribute"),
+    (lambda m: m.update(tokenizer=None), 'tokenizer is a NoneType, expected a dictionary'),
     (lambda m: m.update(tokenizer={'kind': 'char', 'chars': 'ab'}), 'vocab_size is 16, its tokenizer has 2'),
     (lambda m: m.update(sha256='0' * 64), 'it was changed since prepare wrote it: its sha256 differs')])
 def test_an_invalid_value_in_meta_json_is_reported(tiny, change, reason):  # fault 33
@@ -243,16 +244,37 @@ def test_a_meta_json_of_another_kind_is_reported(tiny, content):  # fault 33
 
 
 class Payload:
+    """Makes a folder when it is unpickled."""
+
     def __reduce__(self):
         return os.mkdir, ('pwned',)
 
 
-def test_a_meta_pkl_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch):  # fault 56
+def test_an_unsafe_reader_would_run_the_payload(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / 'meta.pkl', pickle.dumps({'itos': Payload()}))
+    pickle.loads(pickle.dumps({'itos': Payload()}))
+    assert (tmp_path / 'pwned').exists()
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_a_meta_pkl_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch, protocol):  # fault 56
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / 'meta.pkl', pickle.dumps({'itos': Payload()}, protocol=protocol))
     with pytest.raises(UserError, match=r'meta.pkl refers to \w+.mkdir; refusing'):
         from_nanogpt_meta(tmp_path)
     assert not (tmp_path / 'pwned').exists()
+
+
+@pytest.mark.parametrize('n_bytes', range(0, 60, 7))
+def test_a_truncated_meta_pkl_is_an_error_of_one_line(tmp_path, n_bytes):  # fault 56
+    put(tmp_path / 'meta.pkl', pickle.dumps({'itos': dict(enumerate('abcdefghijklmnop'))})[:n_bytes])
+    with pytest.raises(UserError, match='meta.pkl'):
+        from_nanogpt_meta(tmp_path)
+
+
+def test_the_tokenizer_in_meta_json_is_never_run_as_code(tiny):
+    change_meta(tiny, lambda meta: meta.update(tokenizer={'kind': "__import__('os').mkdir('pwned')"}))
+    assert 'tokenizer of kind' in refused() and not (tiny.parent.parent / 'pwned').exists()
 
 
 @pytest.mark.parametrize('content', [b'', b'not a pickle', pickle.dumps([1, 2]), pickle.dumps({'itos': {1: 'a'}})])

@@ -17,7 +17,7 @@ def test_every_row_names_a_test_that_exists_and_slow_ones_say_so():
     for _, fault, name, test in rows():
         text = (REPO / 'tests' / f'test_{name}.py').read_text(encoding='utf-8')
         match = re.search(rf'((?:^@.*\n)*)^def {test.strip("`")}\(', text, re.M)
-        assert match, (fault, test)
+        assert match, (fault, name, test)
         slow = 'pytest.mark.slow' in match.group(1) or 'pytestmark = pytest.mark.slow' in text
         assert slow == ('(slow)' in fault), (fault, test)
 

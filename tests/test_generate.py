@@ -1,4 +1,4 @@
-"""lib/generate.py: the rules by their exact distributions, the cache by forward(), the text by what may be printed."""
+"""lib/generate.py: exact distributions of the sampling rules, generation against forward(), and streamed text."""
 import math
 
 import pytest
@@ -6,7 +6,16 @@ import torch
 
 from configurator import UserError
 from lib import generate as room
-from lib.generate import Tail, complete, draw, generate, narrow, penalize, pick
+from lib.generate import (
+    StreamDecoder,
+    apply_repetition_penalty,
+    filter_top_k_top_p,
+    generate,
+    generate_text,
+    random_numbers,
+    sample_index,
+    sample_next_token,
+)
 from lib.text.tokenizer import ByteTokenizer
 from model import GPT, GPTConfig
 
@@ -17,7 +26,7 @@ MODERN = dict(pos='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weight
 
 
 def tiny(vocab_size=13, block_size=8, **options):
-    """A GPT whose weights are large enough to have opinions."""
+    """A GPT with weights large enough that its predictions differ clearly."""
     torch.manual_seed(0)
     sizes = dict(n_layer=2, n_head=2, n_embd=16, block_size=block_size, vocab_size=vocab_size)
     model = GPT(GPTConfig(**sizes, **options)).eval()
@@ -28,7 +37,7 @@ def tiny(vocab_size=13, block_size=8, **options):
 
 
 def reciter(text, eot=None):
-    """A GPT over bytes that recites the distinct bytes of `text` in a circle, and its tokenizer."""
+    """Return (a GPT that repeats the distinct bytes of `text` forever, its tokenizer)."""
     script = list(text.encode())
     assert len(set(script)) == len(script)
     model = GPT(GPTConfig(block_size=16, vocab_size=256, n_layer=1, n_head=1, n_embd=256, tie_weights=False)).eval()
@@ -45,21 +54,21 @@ def reciter(text, eot=None):
     return model, tok
 
 
-def written(model, tok, prompt, n, num_samples=1, **rules):
-    """The samples' texts."""
+def greedy_texts(model, tok, prompt, n, num_samples=1, **rules):
+    """Return the text of each sample."""
     texts = [''] * num_samples
-    for i, piece, _ in complete(model, tok, tok.encode(prompt), num_samples, n, temperature=0, **rules):
+    for i, piece, _ in generate_text(model, tok, tok.encode(prompt), num_samples, n, temperature=0, **rules):
         texts[i] += piece
     return texts
 
 
 def ids_of(model, prompt, num_samples, n, **rules):
-    """(B, n) generated ids."""
+    """Return the generated ids (B, n)."""
     return torch.stack(list(generate(model, prompt, num_samples, n, **rules)), dim=1)
 
 
 def context(idx, prompt_length, block_size, kept):
-    """What the model should have in view before token len(idx), by replaying the slides from the prompt on."""
+    """Return the ids that the model should see before token len(idx); replays the slides of the context."""
     begin = max(0, prompt_length - block_size)
     for end in range(prompt_length, len(idx) + 1):
         if end - begin > block_size:
@@ -68,20 +77,25 @@ def context(idx, prompt_length, block_size, kept):
 
 
 @pytest.fixture
-def seen_logits(monkeypatch):
-    """A list that gets the logits (B, V) of every step."""
+def recorded_logits(monkeypatch):
+    """A list to which every step adds its logits (B, V)."""
     steps = []
 
-    def listen(logits, *args, **rules):
+    def record(logits, *args, **rules):
         steps.append(logits.clone())
-        return pick(logits, *args, **rules)
-    monkeypatch.setattr(room, 'pick', listen)
+        return sample_next_token(logits, *args, **rules)
+    monkeypatch.setattr(room, 'sample_next_token', record)
     return steps
 
 
-# the rules
+def uniform(n, seed=0):
+    """Return n numbers in [0, 1)."""
+    return torch.rand(n, generator=torch.Generator().manual_seed(seed))
 
-def spread(logits, ids, size=5):
+
+# Rules for choosing a token
+
+def distribution(logits, ids, size=5):
     probs = torch.zeros(size)
     probs[ids[0] if ids is not None else slice(None)] = logits.softmax(-1)[0]
     return probs.tolist()
@@ -98,81 +112,94 @@ def spread(logits, ids, size=5):
     (2, 0.5, [0, 1, 0, 0, 0]),  # of the two that top-k leaves, 4/7 is already enough
     (2, 0.6, [0, 4 / 7, 0, 3 / 7, 0]),
 ])
-def test_top_k_then_top_p_leave_this_distribution(top_k, top_p, expected):
-    assert spread(*narrow(TOY, top_k, top_p)) == pytest.approx(expected, abs=1e-6)
+def test_top_k_then_top_p_give_this_distribution(top_k, top_p, expected):
+    assert distribution(*filter_top_k_top_p(TOY, top_k, top_p)) == pytest.approx(expected, abs=1e-6)
 
 
 def test_top_k_keeps_exactly_k_of_equal_logits():
-    assert narrow(torch.zeros(1, 5), 2, 1.0)[0].shape == (1, 2)
+    assert filter_top_k_top_p(torch.zeros(1, 5), 2, 1.0)[0].shape == (1, 2)
 
 
-def test_picks_follow_the_distribution_that_all_rules_make_together():
+def test_sampled_tokens_follow_the_distribution_of_all_rules_together():
     n, seen = 200_000, torch.tensor([[False, True, False, False, True]])
-    ids = pick(TOY.repeat(n, 1), seen.repeat(n, 1), torch.Generator().manual_seed(0),
-               repetition_penalty=1.5, temperature=0.5, top_k=3, top_p=0.8)
+    ids = sample_next_token(TOY.repeat(n, 1), uniform(n), seen.repeat(n, 1),
+                            repetition_penalty=1.5, temperature=0.5, top_k=3, top_p=0.8)
     # the penalty makes p ** 1.5 of 0.4 and 0.1, the temperature squares: 0.0225, 0.064, 0.0025, 0.09, 0.001.
-    # top-k keeps 0.0225, 0.064 and 0.09; of these the last two hold 0.87, enough for top-p
+    # top-k keeps 0.0225, 0.064 and 0.09; the last two have 0.87 of their sum, enough for top-p
     odds = [0, 0.064, 0, 0.09, 0]
     for got, p in zip((ids.bincount(minlength=5) / n).tolist(), [odd / sum(odds) for odd in odds]):
         assert abs(got - p) <= 4.5 * math.sqrt(p * (1 - p) / n)
 
 
-def test_a_draw_never_has_probability_zero():
+def test_a_token_of_probability_zero_is_never_sampled():
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).repeat(100_000, 1)
-    assert set(draw(logits, torch.Generator().manual_seed(1)).tolist()) == {1, 3}
+    assert set(sample_index(logits, uniform(100_000)).tolist()) == {1, 3}
 
 
-def test_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
+@pytest.mark.parametrize('u, index', [(0.0, 1), (0.4999, 1), (0.5, 3), (0.9999999, 3)])
+def test_the_uniform_number_selects_the_token_by_the_cumulative_probability(u, index):
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    assert sample_index(logits, torch.tensor([u])).tolist() == [index]
+
+
+def test_uniform_numbers_are_uniform_and_independent_of_each_other():
+    u = random_numbers(3, 200, 500).double()
+    assert 0 <= u.min() and u.max() < 1
+    assert float(u.mean()) == pytest.approx(1 / 2, abs=0.005) and float(u.var()) == pytest.approx(1 / 12, abs=0.002)
+    assert abs(float(torch.corrcoef(u[:2])[0, 1])) < 0.15
+
+
+def test_the_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens():
     logits, seen = torch.tensor([[3.0, -3.0, 3.0, -3.0]]), torch.tensor([[True, True, False, False]])
-    assert penalize(logits, seen, 1.5).tolist() == [[2.0, -4.5, 3.0, -3.0]]
+    assert apply_repetition_penalty(logits, seen, 1.5).tolist() == [[2.0, -4.5, 3.0, -3.0]]
 
 
 @torch.no_grad()
-def test_penalty_counts_prompt_and_generated_tokens():
+def test_the_penalty_applies_to_prompt_and_generated_tokens():
     model = tiny()
     pairs = torch.cartesian_prod(torch.arange(13), torch.arange(13))
     likeliest = model(pairs)[0][:, 0].argmax(-1)
-    prompt = pairs[(likeliest == pairs[:, 0]) & (likeliest != pairs[:, 1])][0].tolist()  # wants its first token again
+    prompt = pairs[(likeliest == pairs[:, 0]) & (likeliest != pairs[:, 1])][0].tolist()  # repeats its first
     ids = ids_of(model, prompt, 1, 5, temperature=0, repetition_penalty=1e9)[0].tolist()
     assert len({*prompt, *ids}) == 7
 
 
 @pytest.mark.parametrize('top_k', [0, 1, 13, 18])
-def test_any_top_k_generates_known_tokens(top_k):
+def test_any_top_k_generates_tokens_of_the_vocabulary(top_k):
     ids = ids_of(tiny(), [1], 3, 20, top_k=top_k)
     assert ids.shape == (3, 20) and 0 <= ids.min() and ids.max() < 13
 
 
 @pytest.mark.parametrize('rule', [dict(top_k=1), dict(top_p=1e-9)])
-def test_one_candidate_is_greedy(rule):
+def test_sampling_from_one_candidate_is_greedy(rule):
     assert torch.equal(ids_of(tiny(), [1], 2, 20, **rule), ids_of(tiny(), [1], 2, 20, temperature=0))
 
 
-def test_rules_leave_the_logits_as_they_were():
+def test_the_rules_do_not_change_their_argument():
     logits = TOY.clone()
     for seen in (None, torch.ones(1, 5, dtype=torch.bool)):
-        pick(logits, seen, temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=2.0)
+        sample_next_token(logits, uniform(1), seen, temperature=0.5, top_k=3, top_p=0.5, repetition_penalty=2.0)
     assert torch.equal(logits, TOY)
 
 
-# generation
+# Generation
 
 @pytest.mark.parametrize('options', [{}, MODERN], ids=['gpt2', 'modern'])
 @pytest.mark.parametrize('prompt', [[3], [5, 1, 12, 0, 7]], ids=['1', '5'])
 @torch.no_grad()
-def test_cached_logits_agree_with_forward_over_the_whole_prefix(seen_logits, options, prompt):
+def test_cached_logits_equal_those_of_forward_over_the_whole_prefix(recorded_logits, options, prompt):
     model = tiny(block_size=32, **options)
     whole = torch.cat([torch.tensor(prompt).expand(3, -1), ids_of(model, prompt, 3, 33 - len(prompt))], dim=1)
-    assert len(seen_logits) == 33 - len(prompt)
-    for T, logits in enumerate(seen_logits, len(prompt)):
+    assert len(recorded_logits) == 33 - len(prompt)
+    for T, logits in enumerate(recorded_logits, len(prompt)):
         torch.testing.assert_close(logits, model(whole[:, :T])[0][:, 0], atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize('options', [{}, MODERN], ids=['gpt2', 'modern'])
 @pytest.mark.parametrize('length', [1, 7, 8, 20])
 @torch.no_grad()
-def test_greedy_is_argmax_of_forward_over_a_context_that_slides(options, length):
-    model, kept = tiny(**options), int(room.KEEP * 8)
+def test_greedy_generation_is_the_argmax_of_forward_over_a_sliding_context(options, length):
+    model, kept = tiny(**options), int(room.KEEP_ON_SLIDE * 8)
     idx = [(5 * i) % 13 for i in range(length)]
     got = ids_of(model, list(idx), 2, 30, temperature=0)
     for _ in range(30):
@@ -181,12 +208,12 @@ def test_greedy_is_argmax_of_forward_over_a_context_that_slides(options, length)
 
 
 @torch.no_grad()
-def test_each_sample_slides_over_its_own_text(seen_logits):
+def test_each_sample_slides_over_the_text_it_generated(recorded_logits):
     model, prompt = tiny(), [4, 2]
     whole = torch.cat([torch.tensor(prompt).expand(3, -1), ids_of(model, prompt, 3, 20)], dim=1)
-    for T, logits in enumerate(seen_logits, 2):
+    for T, logits in enumerate(recorded_logits, 2):
         for row, idx in zip(logits, whole):
-            want = model(context(idx[:T], 2, 8, int(room.KEEP * 8))[None])[0][0, -1]
+            want = model(context(idx[:T], 2, 8, int(room.KEEP_ON_SLIDE * 8))[None])[0][0, -1]
             torch.testing.assert_close(row, want, atol=1e-4, rtol=0)
 
 
@@ -206,7 +233,7 @@ def test_samples_of_a_batch_differ():
     assert len({tuple(row) for row in ids_of(tiny(), [1], 5, 20).tolist()}) == 5
 
 
-def test_the_seed_alone_decides_the_samples():
+def test_samples_depend_on_the_seed_only():
     model = tiny()
     first = ids_of(model, [1], 3, 20, seed=7)
     torch.manual_seed(99)
@@ -214,7 +241,21 @@ def test_the_seed_alone_decides_the_samples():
     assert torch.equal(first, same) and not torch.equal(first, other)
 
 
-def test_generating_leaves_the_global_random_state_alone():
+@pytest.mark.parametrize('options', [{}, MODERN], ids=['gpt2', 'modern'])
+@pytest.mark.parametrize('num_samples', [2, 10])
+def test_a_sample_does_not_depend_on_the_number_of_samples(options, num_samples):
+    """Sample i is a function of (seed, i)."""
+    model = tiny(**options)
+    one, several = (ids_of(model, [1, 2], n, 30, top_k=5) for n in (1, num_samples))
+    assert torch.equal(one[0], several[0])
+
+
+def test_a_sample_does_not_depend_on_the_maximum_length():
+    short, long = (ids_of(tiny(), [1], 3, n) for n in (5, 20))
+    assert torch.equal(short, long[:, :5])
+
+
+def test_generation_does_not_change_the_global_random_state():
     model, before = tiny(), torch.get_rng_state()
     ids_of(model, [1], 2, 5)
     assert torch.equal(before, torch.get_rng_state())
@@ -227,7 +268,7 @@ def test_temperature_zero_ignores_the_seed():
 
 @pytest.mark.parametrize('rules', [dict(temperature=0), dict(temperature=5.0), dict(top_k=3), dict(top_p=0.9),
                                    dict(repetition_penalty=1.3)])
-def test_padded_ids_are_never_picked_however_likely(rules):
+def test_padded_ids_are_never_sampled_however_likely(rules):
     model = tiny(vocab_size=16, tie_weights=False)
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(1.0)  # rows of 100 / C then score 100 everywhere: the rest of x sums to 0
@@ -246,99 +287,102 @@ def test_products_in_bfloat16_over_float32_weights_generate():
     assert ids_of(model, [1], 2, 12).max() < 13
 
 
-# text
+# Text
 
-def test_a_piece_holds_whole_characters_only():
+def test_a_piece_contains_whole_characters_only():
     model, tok = reciter('né中🙂x')
-    pieces = [piece for _, piece, _ in complete(model, tok, tok.encode('x'), 1, 11, temperature=0, live=True)]
+    pieces = [piece for _, piece, _ in generate_text(model, tok, tok.encode('x'), 1, 11, temperature=0, live=True)]
     assert pieces == ['n', '', 'é', '', '', '中', '', '', '', '🙂', 'x']
 
 
 def test_a_character_cut_off_at_the_end_is_left_out():
-    assert written(*reciter('né中🙂x'), 'x', 9) == ['né中']
+    assert greedy_texts(*reciter('né中🙂x'), 'x', 9) == ['né中']
 
 
-def test_bytes_that_are_no_text_become_replacement_characters():
-    assert Tail(ByteTokenizer()).feed([0xFF, 0x61, 0xE4, 0x61]) == '�a�a'
+def test_invalid_utf8_becomes_replacement_characters():
+    assert StreamDecoder(ByteTokenizer()).feed([0xFF, 0x61, 0xE4, 0x61]) == '�a�a'
 
 
 @pytest.mark.parametrize('live', [True, False])
 @pytest.mark.parametrize('stop, expected', [
     ('def', 'abc'), ('d', 'abc'), ('a', ''), ('h', 'abcdefg'),
     ('dex', 'abcdefgh'), ('hi', 'abcdefgh'), ('', 'abcdefgh')])
-def test_stop_cuts_across_token_borders(stop, expected, live):
-    assert written(*reciter('abcdefgh'), 'h', 8, stop=stop, live=live) == [expected]
+def test_a_stop_string_may_span_several_tokens(stop, expected, live):
+    assert greedy_texts(*reciter('abcdefgh'), 'h', 8, stop=stop, live=live) == [expected]
 
 
-def test_stop_may_begin_inside_one_token_and_end_in_another():
-    tail = Tail(ByteTokenizer(), 'END')
-    pieces = [tail.feed(list(chunk)) for chunk in (b'so E', b'N E', b'ND and on')]
-    assert (pieces, tail.done) == (['so ', 'EN ', ''], True)
+def test_a_stop_string_may_begin_inside_one_token_and_end_in_another():
+    decoder = StreamDecoder(ByteTokenizer(), 'END')
+    pieces = [decoder.feed(list(chunk)) for chunk in (b'so E', b'N E', b'ND and on')]
+    assert (pieces, decoder.done) == (['so ', 'EN ', ''], True)
 
 
-def test_stop_of_several_byte_characters_is_found():
-    assert written(*reciter('né中🙂x'), 'x', 11, stop='中🙂', live=True) == ['né']
+def test_a_stop_string_of_multibyte_characters_is_found():
+    assert greedy_texts(*reciter('né中🙂x'), 'x', 11, stop='中🙂', live=True) == ['né']
 
 
-def test_no_piece_holds_a_part_of_the_stop_string():
+def test_no_piece_contains_a_part_of_the_stop_string():
     model, tok = reciter('abcdefgh')
-    pieces = [piece for _, piece, _ in complete(model, tok, [ord('h')], 1, 8, temperature=0, stop='def', live=True)]
+    yielded = generate_text(model, tok, [ord('h')], 1, 8, temperature=0, stop='def', live=True)
+    pieces = [piece for _, piece, _ in yielded]
     assert pieces == ['a', 'b', 'c', '', '', '']
 
 
-def test_a_stop_string_in_the_prompt_does_not_count():
-    assert written(*reciter('abcdefgh'), 'abc', 3, stop='c') == ['def']
+def test_a_stop_string_in_the_prompt_is_ignored():
+    assert greedy_texts(*reciter('abcdefgh'), 'abc', 3, stop='c') == ['def']
 
 
 @pytest.mark.parametrize('live', [True, False])
 def test_end_of_text_ends_a_sample_and_is_not_printed(live):
-    assert written(*reciter('abcdefgh', eot=ord('e')), 'h', 8, live=live) == ['abcd']
+    assert greedy_texts(*reciter('abcdefgh', eot=ord('e')), 'h', 8, live=live) == ['abcd']
 
 
-def test_generation_ends_when_all_samples_have(monkeypatch):
+def test_generation_ends_when_all_samples_have_ended(monkeypatch):
     model, tok = reciter('abcdefgh')
     calls, forward = [], model.forward
     monkeypatch.setattr(model, 'forward', lambda idx, **more: calls.append(1) or forward(idx, **more))
-    assert written(model, tok, 'h', 500, num_samples=2, stop='c', live=True) == ['ab', 'ab']
+    assert greedy_texts(model, tok, 'h', 500, num_samples=2, stop='c', live=True) == ['ab', 'ab']
     assert len(calls) == 3
 
 
-def test_looking_seldom_or_at_each_token_gives_the_same_texts():
+def test_reading_every_token_or_many_at_once_gives_the_same_texts():
     model, tok = tiny(vocab_size=256, block_size=16), ByteTokenizer()
     texts = []
     for live in (True, False):
         texts.append([''] * 3)
-        for i, piece, _ in complete(model, tok, [65], 3, 50, stop='a', live=live):
+        for i, piece, _ in generate_text(model, tok, [65], 3, 50, stop='a', live=live):
             texts[-1][i] += piece
     assert texts[0] == texts[1] and all(texts[0])
 
 
 @pytest.mark.parametrize('n', [0, 1, 16, 17, 50])
-def test_every_sample_is_told_its_end_once(n):
+def test_every_sample_ends_once(n):
     model, tok = tiny(vocab_size=256), ByteTokenizer()
-    ends = [i for i, _, last in complete(model, tok, [65], 3, n, top_k=20, stop='#', live=True) if last]
+    ends = [i for i, _, last in generate_text(model, tok, [65], 3, n, top_k=20, stop='#', live=True) if last]
     assert sorted(ends) == [0, 1, 2]  # of 50 tokens the three stop at different ones
 
 
-def test_text_holds_no_id_that_the_tokenizer_lacks():
+def test_text_contains_no_id_that_the_tokenizer_lacks():
     model = tiny(vocab_size=300, tie_weights=False)
     with torch.no_grad():
         model.transformer.ln_f.bias.fill_(1.0)
         model.lm_head.weight[256:] = 100 / 16
-    assert all(last for _, _, last in complete(model, ByteTokenizer(), [65], 2, 10))  # decoding one would raise
+    assert all(last for _, _, last in generate_text(model, ByteTokenizer(), [65], 2, 10))  # decoding one would raise
 
 
-def test_no_new_tokens_is_no_text():
-    assert written(*reciter('ab'), 'a', 0, num_samples=2) == ['', '']
+def test_zero_new_tokens_give_no_text():
+    assert greedy_texts(*reciter('ab'), 'a', 0, num_samples=2) == ['', '']
 
 
 @pytest.mark.parametrize('rules', [dict(temperature=0), dict(top_k=0), dict(top_k=3), dict(top_p=0.5)])
-def test_nan_logits_are_an_error_that_says_so(rules):
+def test_nan_logits_are_an_error_with_a_remedy(rules):
     model = tiny(vocab_size=256)
     with torch.no_grad():
         model.transformer.ln_f.weight[3] = torch.nan
     with pytest.raises(UserError, match='NaN or infinity in torch.float32 on cpu; try'):
-        list(complete(model, ByteTokenizer(), [65], 2, 20, **rules))
+        list(generate_text(model, ByteTokenizer(), [65], 2, 20, **rules))
+
+
 
 
 def test_cudnn_attention_is_off_for_samples_during_training_and_on_again_afterwards(monkeypatch):

@@ -66,9 +66,9 @@ def test_attention_has_the_gradients_of_its_formula(dropout_p):
 
 
 def test_rotation_has_the_values_and_gradients_of_its_formula():
-    angle = random(5, 1, 3, seed=2, dtype=torch.float64)
+    angle = random(5, 1, 1, 3, seed=2, dtype=torch.float64)
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
-    x = double(2, 5, 4, 6, seed=1)
+    x = double(2, 5, 2, 4, 6, seed=1)
     first, second = x.chunk(2, -1)
     expected = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
     torch.testing.assert_close(kernels.rotate(x, cos, sin), expected)
@@ -171,3 +171,16 @@ def test_disabled_kernels_are_torchs_own(monkeypatch):
     x = random(3, 8).requires_grad_()
     assert torch.equal(kernels.rms_norm(x), F.rms_norm(x, (8,), eps=torch.finfo(torch.float32).eps))
     assert torch.equal(kernels.relu_squared(x), F.relu(x).square())
+
+
+def test_the_weights_of_all_layers_are_cast_into_one_tensor_and_used_once():
+    net = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
+    net.set_compute_dtype(torch.bfloat16)
+    kernels.cast_weights(net.linears, torch.bfloat16)
+    for layer in net.linears:
+        assert torch.equal(layer.cast, layer.weight.bfloat16())
+        layer.cast.sum().backward(retain_graph=True)
+        assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
+    assert len({layer.cast.untyped_storage().data_ptr() for layer in net.linears}) == 1
+    net(torch.zeros(1, 4, dtype=torch.long))
+    assert len(net.linears) == 8 and all(layer.cast is None for layer in net.linears)  # else they would get stale

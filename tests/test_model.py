@@ -107,7 +107,7 @@ def test_generation_passes_contiguous_queries_to_attention(monkeypatch):
 
 def test_rotation_keeps_norms_and_depends_on_the_distance_only():
     rope, x = model.precompute_rope(12, 8), torch.randn(2, 8)
-    turned = model.apply_rotary_emb(x[:, None, None].expand(2, 12, 1, 8), rope)[:, :, 0]  # q and k at each position
+    turned = model.apply_rotary_emb(x[:, None, None, None].expand(2, 12, 1, 1, 8), rope)[:, :, 0, 0]  # (2, 12, 8)
     torch.testing.assert_close(turned.norm(dim=-1), x.norm(dim=-1)[:, None].expand(2, 12))
     dot = [float(turned[0, t] @ turned[1, t + 3]) for t in range(9)]
     assert max(dot) - min(dot) < 1e-5

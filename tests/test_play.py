@@ -9,6 +9,7 @@ import json
 import os
 import re
 import socket
+import subprocess
 import sys
 import threading
 import time
@@ -22,6 +23,7 @@ from conftest import REPO, write_dataset
 from configurator import UserError
 from lib import generate
 from lib.play import attention, curves, models, server, views, worker
+from lib.text import tokenizer
 from model import GPT, GPTConfig
 
 CHARS = '\n abcdefgh人之初性本善\U0001f600'
@@ -32,9 +34,9 @@ MARKS = {'user': 'a\n', 'assistant': 'b\n', 'end': '\n\n'}
 
 def write_run(folder, spec=None, seed=0, n_layer=2, block_size=8, **more):
     """Write a random model's ckpt.pt into `folder`; return it. more: the model's options, or the checkpoint's keys."""
-    keys = {name: more.pop(name) for name in ('chat', 'config', 'iter_num') if name in more}
+    keys = {name: more.pop(name) for name in ('chat', 'config', 'iter_num', 'best_val_loss') if name in more}
     spec = spec or {'kind': 'char', 'chars': CHARS}
-    V = {'byte': 256}.get(spec['kind']) or len(spec['chars'])
+    V = tokenizer.from_spec(spec).vocab_size
     torch.manual_seed(seed)
     model = GPT(GPTConfig(block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=16, **more))
     for p in model.parameters():
@@ -252,23 +254,27 @@ def test_attention_is_shown_for_as_many_tokens_as_the_model_reads(play, folder):
     assert len(answer['tokens']) == 8 and answer['left_out'] == 16
 
 
-def test_the_conversation_has_the_checkpoints_marks_and_ends_at_its_end_mark(play, folder):
-    model = write_run(folder / 'out', chat=MARKS, block_size=64)
-    played = play('out')
-    turns = [['user', 'c'], ['assistant', 'd'], ['user', 'e']]
-    lines = played.ask('chat', turns=turns, seed=5, max_new_tokens=20)
-    text = ''.join(line.get('text', '') for line in lines)
-    tok = models.Models(['out'], '', CPU).get('out').tok
-    ids = tok.encode('a\ncb\nd\n\na\neb\n')
-    expected = generate.generate_text(model, tok, ids, 1, 20, stop='\n\n', seed=5, temperature=0.8)
-    assert text == ''.join(piece for _, piece, _ in expected)
+def test_the_conversation_is_that_of_sample_pys_chat(play, folder):
+    write_run(folder / 'out', chat=MARKS, block_size=64)
+    played, turns = play('out'), []
+    asked = ['c', 'e人', 'h', 'gg']
+    done = subprocess.run([sys.executable, str(REPO / 'sample.py'), '--chat', '--device=cpu', '--dtype=float32',
+                           '--max_new_tokens=12', '--seed=5'], input='\n'.join(asked), capture_output=True, text=True,
+                          encoding='utf-8')
+    answers = []
+    for question in asked:
+        turns.append(['user', question])
+        lines = played.ask('chat', turns=turns, seed=5, max_new_tokens=12, temperature=0.8, top_k=200)
+        answers.append(''.join(line.get('text', '') for line in lines))
+        turns.append(['assistant', answers[-1]])
+    assert done.returncode == 0 and ''.join(answer + '\n' for answer in answers) == done.stdout.removesuffix('\n')
 
 
 def test_a_model_without_dialogue_marks_has_no_conversation(play, folder):
     write_run(folder / 'out')
     played = play('out')
     assert not played.ask('next', prompt='a')[0].get('chat') and not played.models.describe()[0]['chat']
-    with pytest.raises(UserError, match='not trained on dialogues'):
+    with pytest.raises(UserError, match='trained on questions and answers'):
         played.ask('chat', turns=[['user', 'c']])
 
 
@@ -276,6 +282,12 @@ def test_a_passage_comes_from_the_validation_split(play, folder):
     write_dataset(folder / 'data' / 'mine', [2] * 20, [2, 3, 4, 5, 6, 7, 8, 9] * 4, chars=CHARS)
     write_run(folder / 'out', config={'dataset': 'mine'})
     assert play('out').ask('passage', place=0.5, tokens=8) == [{'text': 'efghabcd'}]
+
+
+def test_a_passage_begins_with_a_line_if_one_is_near(play, folder):
+    write_dataset(folder / 'data' / 'mine', [2] * 20, [2, 3, 4, 0, 5, 6, 7, 8] * 4, chars=CHARS)
+    write_run(folder / 'out', config={'dataset': 'mine'})
+    assert play('out').ask('passage', place=0.5, tokens=16) == [{'text': 'defgabc\ndefg'}]
 
 
 # several readers, and a run that goes on
@@ -377,6 +389,14 @@ def test_a_new_checkpoint_is_read_at_the_next_request(play, folder):
     assert played.models.describe()[0]['iter'] == 200 and not played.models.describe()[0]['changed']
 
 
+@pytest.mark.parametrize('loss, shown', [(torch.tensor(1.5), 1.5), (1e9, None)])
+def test_a_loss_that_is_a_tensor_is_shown_and_one_that_was_never_measured_is_not(play, folder, loss, shown):
+    write_run(folder / 'out', best_val_loss=loss)
+    played = play('out')
+    played.ask('next', prompt='a')
+    assert played.ask('models')[0]['models'][0]['val_loss'] == shown
+
+
 def test_a_damaged_checkpoint_leaves_the_model_before_it_in_place(play, folder):
     write_run(folder / 'out')
     played = play('out')
@@ -426,6 +446,26 @@ def test_a_long_log_comes_in_parts_of_bounded_size(folder, monkeypatch):
         cursor, more = part['cursor'], part['more']
         records += part['records']
     assert [r['iter'] for r in records] == list(range(20))
+
+
+def test_the_cursor_of_a_log_survives_javascript(folder, monkeypatch):
+    path, real = folder / 'log.jsonl', os.fstat
+    path.write_text('{"iter": 1, "loss": 3}\n', encoding='utf-8')
+    monkeypatch.setattr(curves.os, 'fstat', lambda fd: SimpleNamespace(  # an inode as Windows and ZFS have them
+        st_ino=2**60 + 1, st_size=real(fd).st_size, st_mtime=real(fd).st_mtime))
+    cursor = json.loads(json.dumps(curves.appended(path, None)['cursor']), parse_int=lambda text: int(float(text)))
+    assert not curves.appended(path, cursor)['anew']
+
+
+def test_gpt2_weights_in_a_folder_are_a_model_as_well(run, play, folder):
+    write_run(folder / 'out', {'kind': 'byte'}, mlp='gelu_tanh')
+    done = run('export.py', '--out_dir=out', '--to=weights')
+    assert done.status == 0, done.err
+    first, second = (models.Models(names, pretrained, CPU).get(name) for names, pretrained, name in (
+        (['out'], '', 'out'), ([], 'weights', 'weights')))
+    rules = {'temperature': 1.0}
+    bars = [[bar['text'] for bar in views.likely(opened, 'abc', [], rules)['bars']] for opened in (first, second)]
+    assert bars[0] == bars[1]
 
 
 # whom it refuses, and what it never reads

@@ -253,8 +253,8 @@ def test_help_shows_the_defaults_of_the_dataset(monkeypatch, capsys):
 def test_help_shows_nothing_but_settings(monkeypatch, capsys):
     lines = help_of('text', monkeypatch, capsys).split('Settings (--name=value):')[1].split('\n')
     assert {line.split()[0] for line in lines if line.strip()} == {
-        'Text', 'Result', '--input', '--val_input', '--val_fraction', '--text_key', '--encoding', '--name',
-        '--tokenizer', '--vocab_size', '--num_proc'}
+        'Text', 'Result', '--input', '--val_input', '--val_fraction', '--text_key', '--prompt_key',
+        '--answer_key', '--encoding', '--name', '--tokenizer', '--vocab_size', '--num_proc'}
 
 
 def test_a_prepare_script_needs_neither_torch_nor_tiktoken_nor_datasets(tmp_path):

@@ -1,11 +1,11 @@
-"""sample.py: from a checkpoint to printed text, and every way to ask for it wrongly."""
+"""sample.py: from a checkpoint to printed text, and the errors of wrong settings."""
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import REPO, TINY
+from conftest import REPO
 
 import sample
 from lib.text.tokenizer import ByteTokenizer
@@ -18,7 +18,7 @@ SHORT = ['--device=cpu', '--dtype=float32', '--num_samples=2', '--max_new_tokens
 
 @pytest.fixture
 def trained(tmp_path, monkeypatch):
-    """A working directory with nothing in it but out/ckpt.pt, a random model of CHARS; returns the checkpoint."""
+    """A working directory that holds only out/ckpt.pt, a random model of CHARS; returns the checkpoint."""
     torch.manual_seed(0)
     config = GPTConfig(block_size=8, vocab_size=len(CHARS), n_layer=2, n_head=2, n_embd=16)
     state = {'model': GPT(config).state_dict(), 'model_args': config.model_args(), 'iter_num': 4, 'best_val_loss': 1.0,
@@ -34,7 +34,7 @@ def test_defaults_are_nanogpts():
     assert [getattr(sample, name) for name in names] == ['resume', 'out', '\n', 10, 500, 0.8, 200, 1337, False]
 
 
-def test_each_sample_is_prompt_and_continuation_then_15_hyphens(run, trained):
+def test_each_sample_is_the_prompt_and_its_continuation_then_15_hyphens(run, trained):
     done = run('sample.py', *SHORT, '--start=abc')
     assert done.status == 0, done.err
     first, second, rest = done.out.split(f'\n{HYPHENS}\n')
@@ -58,28 +58,34 @@ def test_temperature_zero_prints_the_same_text_for_any_seed(run, trained):
     assert first == second
 
 
+@pytest.mark.parametrize('num_samples', [1, 10])
+def test_the_first_sample_does_not_depend_on_the_number_of_samples(run, trained, num_samples):
+    first, other = (run('sample.py', *SHORT, f'--num_samples={n}').out for n in (2, num_samples))
+    assert first.split(HYPHENS)[0] == other.split(HYPHENS)[0]
+
+
 @pytest.mark.parametrize('flags, live', [([], False), (['--stream'], True), (['--stream=False'], False)])
-def test_text_is_streamed_when_asked_for_and_never_into_a_file_by_itself(run, trained, monkeypatch, flags, live):
+def test_text_is_streamed_only_if_asked_for_when_the_output_is_a_file(run, trained, monkeypatch, flags, live):
     given = []
-    monkeypatch.setattr('lib.generate.complete', lambda *args, **more: given.append(more['live']) or [])
+    monkeypatch.setattr('lib.generate.generate_text', lambda *args, **more: given.append(more['live']) or [])
     run('sample.py', *SHORT, *flags)
     assert given == [live]
 
 
-def test_streaming_prints_what_waiting_prints(run, trained):
-    waited, streamed = (run('sample.py', *SHORT, f'--stream={stream}').out for stream in (False, True))
-    assert waited == streamed
+def test_streaming_prints_the_same_text_as_waiting(run, trained):
+    waiting, streaming = (run('sample.py', *SHORT, f'--stream={stream}').out for stream in (False, True))
+    assert waiting == streaming
 
 
 @pytest.mark.parametrize('start', ['', '\n', 'a', 'abc' * 10], ids=['empty', 'newline', 'one', 'long'])
-def test_a_prompt_of_any_length_is_printed_whole(run, trained, start):
+def test_a_prompt_of_any_length_is_printed_completely(run, trained, start):
     done = run('sample.py', *SHORT, f'--start={start}')
     assert done.status == 0, done.err
     first = done.out.split(f'\n{HYPHENS}\n')[0]
     assert first.startswith(start) and len(first) == len(start) + 12
 
 
-def test_stop_is_not_printed(run, trained):
+def test_the_stop_string_is_not_printed(run, trained):
     free = run('sample.py', *SHORT, '--num_samples=1', '--max_new_tokens=40').out.split('\n---')[0]
     stop = free[20:22]
     done = run('sample.py', *SHORT, '--num_samples=1', '--max_new_tokens=40', f'--stop={stop}')
@@ -87,34 +93,34 @@ def test_stop_is_not_printed(run, trained):
 
 
 @pytest.mark.parametrize('encoding', ['utf-8', 'utf-8-sig'])
-def test_the_prompt_may_stand_in_a_file(run, trained, encoding):
+def test_the_prompt_may_come_from_a_file(run, trained, encoding):
     with open('prompt.txt', 'w', encoding=encoding) as file:
         file.write('人之初')
     assert run('sample.py', *SHORT, '--start=FILE:prompt.txt').out.startswith('人之初')
 
 
-def test_a_config_file_sets_what_flags_do_not(run, trained):
+def test_flags_override_a_config_file(run, trained):
     with open('mine.py', 'w', encoding='utf-8') as file:
         file.write("num_samples = 3\nstart = 'ab'\n")
     done = run('sample.py', 'mine.py', '--start=ba', '--max_new_tokens=2', '--device=cpu')
     assert done.out.count(HYPHENS) == 3 and done.out.startswith('ba')
 
 
-def test_help_gives_every_setting_its_meaning(run):
+def test_help_explains_every_setting(run):
     text = run('sample.py', '--help').out
     for name in ('start', 'top_p', 'repetition_penalty', 'stop', 'stream', 'seed', 'dtype'):
         line = next(line for line in text.splitlines() if f'--{name} ' in line)
         assert len(line.split()) > 5, line
 
 
-# mistakes
+# Mistakes
 
-def test_all_wrong_values_are_told_together(run, trained):
+def test_all_wrong_values_are_reported_at_once(run, trained):
     done = run('sample.py', '--temperature=-1', '--top_k=-1', '--top_p=0', '--num_samples=0', '--max_new_tokens=-1',
                '--repetition_penalty=0', '--dtype=bf16', '--device=toaster', '--start=FILE:none.txt', '--sead=1')
     assert done.status == 2 and len(done.err.splitlines()) == 10
-    for said in ('top_k must be 0 (off) or more, got -1', 'top_p must be above 0', 'did you mean seed?', 'none.txt'):
-        assert said in done.err
+    for message in ('top_k must be 0 (off) or more, got -1', 'top_p must be above 0', 'did you mean seed?', 'none.txt'):
+        assert message in done.err
 
 
 def test_an_unknown_character_is_named(run, trained):
@@ -134,7 +140,7 @@ def test_a_missing_checkpoint_is_named(run, trained):
     assert done.status == 1 and 'nowhere' in done.last_error and 'ckpt.pt' in done.last_error
 
 
-def test_nan_weights_are_told_with_their_iteration(run, trained):
+def test_nan_weights_are_reported_with_their_iteration(run, trained):
     trained['model']['transformer.ln_f.weight'][2] = torch.nan
     torch.save(trained, 'out/ckpt.pt')
     done = run('sample.py', *SHORT)
@@ -148,9 +154,9 @@ def test_a_tokenizer_of_another_model_is_refused(run, trained):
     assert done.status == 1 and f'the model has {len(CHARS)} tokens' in done.last_error
 
 
-# what the pieces do
+# Parts
 
-def test_samples_are_shown_in_order_while_the_first_unfinished_one_grows(capsys, monkeypatch):
+def test_samples_are_printed_in_order_while_the_first_unfinished_one_grows(capsys, monkeypatch):
     monkeypatch.setattr(sample, 'num_samples', 3)
     shown = []
 
@@ -162,7 +168,7 @@ def test_samples_are_shown_in_order_while_the_first_unfinished_one_grows(capsys,
     assert shown == ['>a', '', '', f'b\n{HYPHENS}\n>x', 'y', f'\n{HYPHENS}\n>p\n{HYPHENS}\n']
 
 
-def test_without_streaming_a_sample_is_printed_when_it_is_whole(capsys, monkeypatch):
+def test_without_streaming_a_sample_is_printed_when_it_is_complete(capsys, monkeypatch):
     monkeypatch.setattr(sample, 'num_samples', 1)
     shown = []
 
@@ -180,7 +186,7 @@ def test_an_end_of_text_mark_in_the_prompt_becomes_that_token():
     assert sample.encode_start('<|endoftext|>a<|endoftext|>', tok) == [7, 97, 7]
 
 
-def test_an_ascii_locale_neither_garbles_the_prompt_nor_the_output(trained):
+def test_an_ascii_locale_garbles_neither_the_prompt_nor_the_output(trained):
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONUTF8': '0', 'PYTHONCOERCECLOCALE': '0'}
     env.pop('PYTHONIOENCODING', None)
     done = subprocess.run([sys.executable, REPO / 'sample.py', *SHORT, '--start=人之初', '--stop=本'], env=env,
@@ -190,7 +196,6 @@ def test_an_ascii_locale_neither_garbles_the_prompt_nor_the_output(trained):
     assert text.startswith('人之初') and '本' not in text
 
 
-def test_a_reader_that_has_had_enough_is_no_error(workdir, run):
-    run('train.py', *TINY)
+def test_a_reader_that_ends_early_is_not_an_error(trained):
     command = f'{sys.executable} {REPO / "sample.py"} --device=cpu --num_samples=2 --max_new_tokens=5 | true'
     assert subprocess.run(command, shell=True, capture_output=True, text=True).stderr == ''

@@ -121,6 +121,7 @@ def wandb_files(workdir):
     return sorted(workdir.glob('out/wandb/*run-*/*.wandb'), key=lambda path: path.stat().st_mtime)
 
 
+@pytest.mark.pictures
 def test_wandb_has_the_numbers_of_the_log_and_a_resumed_run_is_the_same_run(run, wandb_alone, monkeypatch):
     pytest.importorskip('matplotlib')
     monkeypatch.setenv('WANDB_MODE', 'offline')

@@ -26,7 +26,7 @@ CPU = '--device=cpu --compile=False --eval_iters=20 --log_interval=1 --block_siz
 WU_SONG = '武松道:“不要问,只管用瓢舀来吃酒。贩枣的客人那里,买三五斤枣 来,一发算钱。”竟抢先要下'
 SUTRA = '如是我闻:一时,佛在舍卫国祇树给孤独园,与'
 FEW = '--max_iters=2 --lr_decay_iters=2 --warmup_iters=1 --eval_iters=1 --log_interval=1 --dtype=float32 ' \
-      '--peak_tflops=1 --compile=False'
+      '--peak_tflops=1 --compile=False --batch_size=4'
 TINY = '--n_layer=1 --n_head=2 --n_embd=16 --block_size=32 --batch_size=2 --gradient_accumulation_steps=1'
 SHORT = '--num_samples=1 --max_new_tokens=20 --dtype=float32'
 TRAINED = (r'^number of parameters: \d+\.\d\dM$', r'^iter 0: loss \d', r'^step 2: train loss \d+\.\d{4}, val loss \d')
@@ -56,7 +56,7 @@ LINES = [
     Line(7, f'python train.py config/train_shakespeare_char.py config/gpt2_classic.py {CPU}', FEW,
          (*TRAINED, '^number of parameters: 0.80M$')),
     Line(8, 'python sample.py --out_dir=out-shakespeare-char --device=cpu', '--max_new_tokens=20',
-         ('^number of parameters: 0.80M$', r'(?s)(.*^-{15}$){10}')),
+         (r'(?s)(.*^-{15}$){10}',)),
     Line(10, 'python data/sanzijing_char/prepare.py', '', (*PREPARED, '^length of dataset in characters: 1,519$',
                                                          '^train has 1,367 tokens$', '^val has 152 tokens$')),
     Line(11, f'python train.py config/train_sanzijing_char.py {CPU}', FEW, TRAINED),
@@ -98,7 +98,7 @@ LINES = [
     Line(26, 'python evaluate.py --out_dir=out-sanzijing-char --samples=2', '--device=cpu --dtype=float32',
          (r'^ +sequences of  5 tokens +\d+\.\d% +\d+\.\d%$', r'^ +longest span, in tokens')),
     Line(28, 'python data/text/prepare.py --input=data/shuixu_char/input.tutorial.txt --name=words --tokenizer=bpe '
-         '--vocab_size=300', '', (*PREPARED, r'^characters per token: 1\.')),
+         '--vocab_size=600', '', (*PREPARED, r'^characters per token: [1-9]')),
     Line(29, 'python data/text/prepare.py --input=data/shuixu_char/input.tutorial.txt '
          '--input=data/sanzijing_char/input.tutorial.txt --name=books', '', PREPARED),
     # MODERN
@@ -106,7 +106,7 @@ LINES = [
          (r"^ +15496  'Hello'$", r'^decoded again: Hello World!$'), gpt2=True),
     Line(31, 'python data/shakespeare/prepare.py', '', (*PREPARED, '^vocab size: 50,257$'), gpt2=True),
     Line(32, 'python train.py config/train_shakespeare_char.py --dataset=shakespeare --out_dir=out-bpe --patience=5 '
-         '--tie_weights=True --learning_rate=0', f'--device=cpu {FEW} {TINY} --max_iters=3 --eval_interval=1',
+         '--optimizer=adamw --learning_rate=0 --min_lr=0', f'--device=cpu {FEW} {TINY} --max_iters=3 --eval_interval=1',
          (r'^step 2: train loss .*no better for 2 of 5 evaluations$',), gpt2=True),
     Line(33, 'python data/tinystories/prepare.py --input=TinyStories-train.txt --val_input=TinyStories-valid.txt '
          '--num_proc=2', '', PREPARED, gpt2=True),
@@ -114,7 +114,7 @@ LINES = [
     Line(36, 'python sample.py --out_dir=out-tinystories --temperature=0.7 --top_k=50', f'--device=cpu {SHORT}',
          ('^-{15}$',), gpt2=True),
     # DIARY
-    Line(39, 'python data/openwebtext/prepare.py', '', PREPARED, gpt2=True),
+    Line(39, 'python data/openwebtext/prepare.py', '--val_fraction=0.05', PREPARED, gpt2=True),
     Line(40, 'python train.py', f'--device=cpu {FEW} {TINY}', TRAINED, gpt2=True),
     Line(42, 'python sample.py', f'--start="You are my sunshine." --device=cpu {SHORT}', ('^You are my sunshine.',),
          gpt2=True),
@@ -123,7 +123,8 @@ LINES = [
     Line(44, 'python sample.py --init_from=gpt2-xl --repetition_penalty=1.2 --no_repeat_ngram=4 --min_p=0.05',
          f'--device=cpu {SHORT}', ('^-{15}$',), gpt2=True),
     Line(45, 'python data/arithmetic/prepare.py', '', PREPARED),
-    Line(45, 'python train.py config/train_arithmetic.py', f'--device=cpu {FEW} --batch_size=4', TRAINED),
+    Line(45, 'python train.py config/train_arithmetic.py', f'--device=cpu {FEW} --n_layer=1 --n_head=2 --n_embd=16',
+         TRAINED),
     Line(45, r"python sample.py --out_dir=out-arithmetic --start='\n12+34=' --stop='\n' --temperature=0 "
          '--num_samples=1', f'--device=cpu {SHORT}', (r'^12\+34=',)),
     # FROM_SCRATCH
@@ -146,7 +147,7 @@ LINES = [
 
 # Answers for the downloads, and a small GPT-2 in the place of OpenAI's; {folder} holds the files
 PROCESS = r'''
-import contextlib, io, json, os, runpy, sys, traceback, urllib.error, urllib.request
+import contextlib, io, json, os, runpy, sys, time, traceback, urllib.error, urllib.request
 folder = sys.argv[1]
 sys.path.insert(0, os.getcwd())
 answers = json.load(open(folder + '/answers.json', encoding='utf-8'))
@@ -190,8 +191,9 @@ from lib.text import sources
 for text in (sources.BOLUOJING, sources.SHUIXU, sources.SHUIXU_FULL):
     text.least = 1000  # the stand-ins are short
 from lib.weights import gpt2
+gpt2.check_connection = lambda *address: None
 gpt2.SIZES = dict.fromkeys(gpt2.SIZES, dict(n_layer=1, n_head=2, n_embd=16))
-results = []
+results, began = [], time.time()
 for script, *arguments in json.load(sys.stdin):
     sys.argv, out, err, status = [script, *arguments], io.StringIO(), io.StringIO(), 0
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
@@ -205,6 +207,7 @@ for script, *arguments in json.load(sys.stdin):
             status = -1
             traceback.print_exc()
     results.append([status, out.getvalue(), err.getvalue()])
+    print(round(time.time() - began, 1), script, *arguments[:1], file=sys.stderr)
 json.dump(results, open(folder + '/results.json', 'w', encoding='utf-8'))
 '''
 
@@ -226,14 +229,15 @@ def texts():
     classic = ['人之初', '性本善', '养不教', '父之过', '记其事', '要其终'] * 64
     sutra = '如是我闻：一时，佛在舍卫国祇树给孤独园，与大苾刍众千二百五十人俱。般若波罗蜜多。\n'
     novel = '宋江武松道：“不要问，只管用瓢舀来吃酒。贩枣的客人那里，买三五斤枣来，一发算钱。”竟抢先要下山去, 且说。\n'
-    stories = [f'Once upon a time there was a cat named Tom{i}. The cat was happy.' for i in range(60)]
+    pages = [f'Once upon a time there was a cat named Tom{i}.' for i in range(100)]
+    pages[19::20] = [page * 90 for page in pages[19::20]]  # every twentieth validates: longer than GPT-2's context
     return {
         raw + 'karpathy/char-rnn/master/data/tinyshakespeare/input.txt': plays,
-        why42.format('sanzijing_char'): '\n'.join(classic[:380]), why42.format('boluojing_char'): sutra * 200,
-        why42.format('shuixu_char'): novel * 200, why42.format('shuixu_full'): novel * 200,
+        why42.format('sanzijing_char'): '\n'.join(classic[:380]), why42.format('boluojing_char'): sutra * 60,
+        why42.format('shuixu_char'): novel * 60, why42.format('shuixu_full'): novel * 25,
         'https://api.chucknorris.io/jokes/search?query=chuck': json.dumps(
             {'result': [{'value': f'Chuck Norris counted to infinity {i} times.'} for i in range(200)]}),
-        'hub:Skylion007/openwebtext': [f'{story} It is {i} o clock.' * 9 for i, story in enumerate(stories * 40)],
+        'hub:Skylion007/openwebtext': pages,
     }
 
 
@@ -247,9 +251,9 @@ def results(tmp_path_factory):
         if (REPO / name).is_file():
             (clone / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(REPO / name, clone / name)
-    stories = '\n<|endoftext|>\n'.join(f'Once upon a time there was a cat named Tom{i}.' for i in range(400))
+    stories = '\n<|endoftext|>\n'.join(f'Once upon a time there was a cat named Tom{i}.' for i in range(150))
     rows = [{'title': f'问题{i}', 'desc': '', 'answer': f'回答{i}'} for i in range(300)]
-    for name, text in {'TinyStories-train.txt': stories, 'TinyStories-valid.txt': stories[:4000],
+    for name, text in {'TinyStories-train.txt': stories, 'TinyStories-valid.txt': stories[:2000],
                        'data/chinese/input.txt': '中国人说中国话。今天天气真好。\n' * 300,
                        'baike.json': '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)}.items():
         (clone / name).write_text(text, encoding='utf-8')
@@ -261,6 +265,7 @@ def results(tmp_path_factory):
     done = subprocess.run([sys.executable, folder / 'process.py', folder], input=json.dumps(jobs), cwd=clone,
                           capture_output=True, encoding='utf-8')
     assert done.returncode == 0, done.stderr[-2000:]
+    open('/tmp/tut/times','w',encoding='utf-8').write(done.stderr)
     found = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     results = dict(zip(map(id, chosen), found))
     return [results.get(id(line)) for line in LINES]

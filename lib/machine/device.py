@@ -4,8 +4,14 @@ import functools
 import re
 import sys
 import time
+from pathlib import Path
 
 import torch
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 from lib.machine.cpus import usable_cpus  # noqa: F401  (in a file without torch, which prepare scripts import)
 
@@ -120,6 +126,26 @@ def pick_dtype(device):
     if device.type == 'cpu' and native_bf16():
         return 'bfloat16', 'this CPU has bfloat16 instructions'
     return 'float32', f'safe on {device.type}'
+
+
+def peak_memory(device):
+    """Return the most bytes that this process has held so far, on CUDA those of the device; 0 if unknown."""
+    if device.type == 'cuda':
+        return torch.cuda.max_memory_reserved(device)
+    if device.type == 'cpu' and resource:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
+    return 0
+
+
+def free_memory(device):
+    """Return the bytes that training can use on this machine's device; 0 if the system does not report them."""
+    if device.type == 'cuda':
+        return torch.cuda.mem_get_info(device)[1]
+    try:
+        lines = Path('/proc/meminfo').read_text(encoding='utf-8').splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+    except (OSError, StopIteration):
+        return 0
 
 
 def measured_flops(device, dtype):

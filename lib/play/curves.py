@@ -10,14 +10,15 @@ FIELDS = ('iter', 'loss', 'lr', 'tok_s', 'step', 'train_loss', 'val_loss', 'val_
 def appended(path, cursor):
     """Return the records of a log.jsonl after `cursor`, as {'cursor', 'anew', 'more', 'idle', 'records'}.
 
-    cursor: [inode, bytes read so far] from an earlier answer, or None. anew: the file was replaced, for instance by a
-    resumed run, so drop the earlier records. more: there is more to read now. idle: seconds since the last write. An
-    unfinished last line is left for the next request.
+    cursor: [identity of the file, bytes read so far] from an earlier answer, or None. anew: the file was replaced, for
+    instance by a resumed run, so drop the earlier records. more: there is more to read now. idle: seconds since the
+    last write. An unfinished last line is left for the next request.
     """
     with open(path, 'rb') as file:
         stat = os.fstat(file.fileno())
-        known = isinstance(cursor, list) and len(cursor) == 2 and all(type(n) is int for n in cursor)
-        anew = not known or cursor[0] != stat.st_ino or not 0 <= cursor[1] <= stat.st_size
+        identity = str(stat.st_ino)  # as text, because JavaScript rounds integers above 2**53
+        known = isinstance(cursor, list) and len(cursor) == 2 and type(cursor[1]) is int
+        anew = not known or cursor[0] != identity or not 0 <= cursor[1] <= stat.st_size
         start = 0 if anew else cursor[1]
         file.seek(start)
         raw = file.read(MOST)
@@ -33,7 +34,7 @@ def appended(path, cursor):
         if isinstance(record, dict):
             records.append({name: record[name] for name in FIELDS if type(record.get(name)) in (int, float)})
     end = start + len(whole)
-    return {'cursor': [stat.st_ino, end], 'anew': anew, 'more': len(raw) == MOST, 'records': [r for r in records if r],
+    return {'cursor': [identity, end], 'anew': anew, 'more': len(raw) == MOST, 'records': [r for r in records if r],
             'idle': max(0.0, time.time() - stat.st_mtime)}
 
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import UserError
-from lib.text import data_folder, dataset
+from lib.text import data_folder
 from lib.weights.load_model import load_model
 from model import GPT
 
@@ -80,12 +80,11 @@ class Models:
             return found | {'ready': False}
         config, state, tok = opened.model.config, opened.state, opened.tok
         changed = name in self.folders and signature(Path(name) / 'ckpt.pt') not in (None, self.signatures[name])
-        best = state.get('best_val_loss')
         return found | {
             'ready': True, 'changed': changed, 'version': opened.version, 'params': opened.model.get_num_params(),
             'tokenizer': tok.kind, 'vocab_size': tok.vocab_size, 'block_size': config.block_size,
-            'layers': config.n_layer, 'heads': config.n_head, 'iter': state.get('iter_num'),
-            'val_loss': round(float(best), 4) if isinstance(best, (int, float)) and abs(best) < 1e6 else None,
+            'layers': config.n_layer, 'heads': config.n_head,
+            'iter': _number(state, 'iter_num', 1e15), 'val_loss': _number(state, 'best_val_loss', 1e6),
             'chat': chat_marks(opened) is not None, 'passages': _dataset_name(state) != ''}
 
     def wanted(self):
@@ -105,6 +104,15 @@ class Models:
         return found
 
 
+def _number(state, key, limit):
+    """Return a number of a checkpoint, which may hold it as a tensor; None if it is missing or at least `limit`."""
+    try:
+        value = float(state[key])
+    except (KeyError, TypeError, ValueError, RuntimeError):
+        return None
+    return value if abs(value) < limit else None
+
+
 def chat_marks(opened):
     """Return the checkpoint's dialogue marks {'user', 'assistant', 'end'}, or None if it has none."""
     marks = opened.state.get('chat')
@@ -122,18 +130,21 @@ def _dataset_name(state):
 
 
 def passage(opened, place, n_tokens):
-    """Return n_tokens of the validation split as text. place: its position in the split, from 0 to 1.
+    """Return n_tokens of the validation split as text, from the beginning of a line if one is near.
 
+    place: its position in the split, from 0 to 1.
     UserError if the dataset is not on this machine or has another tokenizer.
     """
     name = _dataset_name(opened.state)
     if not name:
         raise UserError('the dataset that this model was trained on is not on this machine')
     if 'val' not in opened.cache:
-        data = dataset.open_dataset(name, 1)
-        if data.tokenizer != opened.tok.spec:
+        spec, _, files, _ = data_folder.read(name)
+        if spec != opened.tok.spec:
             raise UserError(f'data/{name} was prepared again with another tokenizer since this model was trained')
-        opened.cache['val'] = data.val.tokens
+        _, opened.cache['val'], *_ = files['val']
     tokens = opened.cache['val']
     start = int(place * max(0, len(tokens) - n_tokens))
-    return opened.tok.decode(tokens[start:start + n_tokens].tolist()).strip('\ufffd')
+    text = opened.tok.decode(tokens[start:start + n_tokens].tolist()).strip('\ufffd')
+    line = text[:len(text) // 4].find('\n') + 1 if start else 0
+    return text[line:].lstrip('\n')

@@ -10,8 +10,9 @@ import torch
 
 from configurator import UserError
 from lib import generate
+from lib.chat import open_conversation
 from lib.play import attention
-from lib.play.models import chat_marks
+from lib.text import dialogue
 
 BARS = 20  # tokens of `likely`
 OTHERS = 8  # alternatives reported with each written token
@@ -263,16 +264,17 @@ def look(opened, text, layer, head, drop_unknown=False):
 
 
 def chat(opened, turns, max_new_tokens, seed, rules):
-    """Yield {'text': ...} as the answer grows, then {'done': ...}. turns: [(role, text)], user and assistant."""
-    marks = chat_marks(opened)
-    if marks is None:
-        raise UserError('this model was not trained on dialogues')
-    prompt = ''.join(marks[role] + text + (marks['end'] if role == 'assistant' else '') for role, text in turns)
-    ids = prompt_ids(opened, prompt + marks['assistant'], [])
-    yield {'version': opened.version}
-    for _, text, last in generate.generate_text(opened.model, opened.tok, ids, 1, max_new_tokens, stop=marks['end'],
-                                           live=True, seed=seed, **rules):
-        if text or last:
-            yield {'text': text}
-    yield {'done': {}}
+    """Yield {'text': ...} as the answer grows, then {'done': ...}: what sample.py --chat answers at this turn.
 
+    turns: [(role, text)], user and assistant alternating, user last.
+    """
+    conversation = open_conversation(opened.model, opened.tok, opened.state, max_new_tokens=max_new_tokens, seed=seed,
+                                     **rules)
+    said = [dialogue.clean(text) for _, text in turns]
+    conversation.exchanges = [pair for pair in zip(said[:-1:2], said[1::2]) if pair[1]]
+    conversation.n_answers = len(turns) // 2
+    yield {'version': opened.version}
+    for text in conversation.answer(said[-1]):
+        if text:
+            yield {'text': text}
+    yield {'done': {'dropped': conversation.dropped}}

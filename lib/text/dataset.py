@@ -115,13 +115,14 @@ class Split:
             targets = targets.masked_fill(torch.from_numpy(self.mask[at[:, 1:]] == 0), -1)
         return idx, targets
 
-    def bits_per_byte(self, loss, whole=False):
+    def bits_per_byte(self, loss, n_targets=None):
         """Return `loss` in bits per byte of the text, or of the answers in it; None if their size is unknown.
 
-        loss: mean nats per target. whole: of a pass over the whole split, in which its first token is no target; else
-        of a sample, and the split's average bytes per token are used.
+        loss: mean nats per target. n_targets: how many targets the loss stands for; self.n_targets after a pass over
+        the whole split, None for a sample of it, which then uses the split's average bytes per token.
         """
-        n_targets = self.n_targets + (not whole and self.mask is None)
+        if n_targets is None:
+            n_targets = len(self) if self.mask is None else self.n_targets
         return loss * n_targets / (math.log(2) * self.n_bytes) if self.n_bytes else None
 
 

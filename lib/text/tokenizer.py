@@ -19,6 +19,7 @@ from functools import cached_property
 import numpy as np
 
 from configurator import UserError
+from lib.text.schema import spec_problem
 
 EOT = '<|endoftext|>'
 # How GPT-2 splits text before it merges bytes; the pattern is that of https://github.com/openai/tiktoken.
@@ -274,11 +275,11 @@ def train_bpe(texts, vocab_size):
 
 
 def from_spec(spec):
-    """Return the tokenizer with this `spec`, from meta.json or a checkpoint; TextError if its kind is unknown."""
+    """Return the tokenizer with this `spec`, from meta.json or a checkpoint; TextError if there is none."""
     kinds = {'char': lambda: CharTokenizer(spec['chars']), 'byte': ByteTokenizer, 'gpt2': gpt2,
              'bpe': lambda: bpe(spec['tokens'])}
-    if spec.get('kind') not in kinds:
-        raise TextError(f"tokenizer of kind {spec.get('kind')!r}; this program knows {', '.join(kinds)}")
+    if problem := spec_problem(spec, kinds):
+        raise TextError(f'tokenizer {problem}')
     return kinds[spec['kind']]()
 
 

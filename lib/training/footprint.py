@@ -1,9 +1,12 @@
 """How much memory training takes, found by running one training step on tensors that have no data.
 
-Such a tensor has a shape, a dtype and a device, so the model's own code decides what is allocated and for how long,
+Such a tensor has a shape, a dtype and a device, so the model's code decides which tensors exist and for how long,
 and no formula has to follow its changes. Only tensors are counted, not what libraries allocate internally.
 """
+import functools
+import inspect
 import weakref
+from contextlib import nullcontext
 from dataclasses import astuple, dataclass, replace
 
 import torch
@@ -12,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lib.training.optim import make_optimizer
 from lib.weights import lora
-from model import GPT
+from model import GPT, GPTConfig
 
 
 class _NoData(torch.Tensor):
@@ -48,6 +51,8 @@ class MemoryCount(TorchDispatchMode):
         args, kwargs = tree_unflatten([t.meta if isinstance(t, _NoData) else t for t in flat], spec)
         if 'device' in kwargs:
             kwargs['device'] = torch.device('meta')
+        if func.overloadpacket.__name__.startswith('_fused_'):  # updates in place, which not all have for meta tensors
+            return None
         out = func(*args, **kwargs)
         return tree_map(lambda t: self._record(t, wrappers) if isinstance(t, torch.Tensor) else t, out)
 
@@ -69,6 +74,10 @@ class MemoryCount(TorchDispatchMode):
         self.live -= n_bytes
 
 
+# torch wraps this method to import its compiler on the first call, which takes as long as importing torch
+MemoryCount.__torch_dispatch__ = inspect.unwrap(MemoryCount.__torch_dispatch__)
+
+
 @dataclass
 class Footprint:
     """Bytes at the peak of a training step. activations: all tensors that are not one of the others."""
@@ -83,19 +92,10 @@ class Footprint:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
-def _train_step(model, opt, batch_size, micro_steps):
-    for _ in range(micro_steps):
-        idx = torch.zeros(batch_size, model.config.block_size, dtype=torch.int64)
-        model(idx, idx)[1].backward()
-    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-    opt.step()
-    opt.zero_grad(set_to_none=True)
-
-
 def _trace(config, batch_size, micro_steps, dtype, optimizer, lora_rank, checkpoint_activations, device_type):
     """Return the Footprint of a model with exactly config.n_layer blocks."""
     device = 'cpu' if device_type == 'cpu' else 'meta'
-    with MemoryCount(device_type) as memory, torch.device(device):
+    with MemoryCount(device_type) as memory, torch.device('meta') if device == 'meta' else nullcontext():
         model = GPT(config, init=False).train()
         if lora_rank:
             lora.adapt(model, lora_rank)
@@ -104,13 +104,32 @@ def _trace(config, batch_size, micro_steps, dtype, optimizer, lora_rank, checkpo
         weights = memory.live
         opt = make_optimizer(optimizer, model.param_groups(0.1, muon=optimizer == 'muon'), 1e-3, 1e-2, (0.9, 0.95),
                              device)
-        _train_step(model, opt, 1, 1)  # the optimizer creates its state
-        state, memory.peak = memory.live - weights, 0
-        _train_step(model, opt, batch_size, min(2, micro_steps))  # with accumulation the gradients exist already
-        peak = memory.peak
+
+        def micro_step(sequences):
+            idx = torch.zeros(sequences, config.block_size, dtype=torch.int64)
+            model(idx, idx)[1].backward()
+
+        micro_step(1)
         gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-        del model, opt
+        opt.step()  # the first one creates the optimizer's state
+        state = memory.live - weights - gradients
+        if micro_steps == 1:  # else the micro-step that is counted finds the gradients of those before it
+            opt.zero_grad(set_to_none=True)
+        memory.peak = 0
+        micro_step(batch_size)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        opt.step()
+        peak = memory.peak
     return Footprint(weights, gradients, state, max(0, peak - weights - state - gradients))
+
+
+@functools.cache
+def _footprint(config_values, *rest):
+    config = GPTConfig(*config_values)
+    if config.n_layer <= 2:
+        return _trace(config, *rest)
+    one, two = (astuple(_trace(replace(config, n_layer=n), *rest)) for n in (1, 2))
+    return Footprint(*(a + (config.n_layer - 1) * (b - a) for a, b in zip(one, two)))
 
 
 def footprint(config, batch_size, micro_steps=1, dtype=torch.float32, optimizer='adamw', lora_rank=0,
@@ -118,16 +137,12 @@ def footprint(config, batch_size, micro_steps=1, dtype=torch.float32, optimizer=
     """Return the Footprint of training a GPTConfig.
 
     batch_size: sequences of block_size tokens per micro-batch. micro_steps: micro-batches per update on one rank.
-    with_logits: also find out, in as much time again, what the vocabulary takes. Blocks are alike, so a deep model is
-    extrapolated from two and three of them.
+    with_logits: also find out what the vocabulary takes. Blocks are alike, so a deep model is extrapolated from one
+    and two of them.
     """
-    rest = (batch_size, micro_steps, dtype, optimizer, lora_rank, checkpoint_activations, device_type)
-    if config.n_layer <= 3:
-        found = _trace(config, *rest)
-    else:
-        two, three = (astuple(_trace(replace(config, n_layer=n), *rest)) for n in (2, 3))
-        found = Footprint(*(a + (config.n_layer - 2) * (b - a) for a, b in zip(two, three)))
+    rest = (batch_size, min(2, micro_steps), dtype, optimizer, lora_rank, checkpoint_activations, device_type)
+    found = replace(_footprint(astuple(config), *rest))
     if with_logits:
-        plain = footprint(replace(config, vocab_size=2), *rest[:-1], device_type)
+        plain = _footprint(astuple(replace(config, vocab_size=2)), *rest)
         found.logits = max(0, found.activations - plain.activations)
     return found

@@ -49,7 +49,7 @@ def fit(n, d, loss, flops=None):
     """
     n, d, loss = (np.asarray(x, float) for x in (n, d, loss))
     if len(loss) < 6 or len(set(n)) < 3 or len(set(d)) < 3:
-        raise UserError('a law has five constants: it needs six runs or more, of three sizes and three numbers of tokens; '
+        raise UserError('a law has five constants and needs six runs, of three sizes and three numbers of tokens; '
                         f'there are {len(loss)} runs, {len(set(n))} sizes and {len(set(d))} numbers of tokens')
     n0, d0 = np.exp(np.log(n).mean()), np.exp(np.log(d).mean())  # about 1, so that the columns are of one magnitude
     low, high = np.array([0.02, 0.02]), np.array([2.0, 2.0])
@@ -78,7 +78,7 @@ def minimum(n, loss):
 
 
 def minima(rows):
-    """Return [(FLOPs, N, loss)] of the lowest points of results with equal FLOPs, where there is one.
+    """Return [(FLOPs, N, loss)] of the lowest points of results with equal FLOPs, for budgets that have one.
 
     rows: [(flops, n, d, loss)].
     """

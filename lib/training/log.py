@@ -53,10 +53,15 @@ def duration(minutes):
     return f'{seconds // 86400}d{seconds % 86400 // 3600:02d}h'
 
 
-def step_line(step, train_loss, val_loss, bpb):
-    """Return the line of an evaluation; bits per byte are left out if None."""
+def step_line(step, train_loss, val_loss, bpb, since_best=0, patience=0):
+    """Return the line of an evaluation; bits per byte are left out if None.
+
+    since_best: evaluations after the best one; shown if training ends after `patience` of them.
+    """
     line = f'step {step}: train loss {train_loss:.4f}, val loss {val_loss:.4f}'
-    return line if bpb is None else f'{line}, val bpb {bpb:.4f}'
+    if bpb is not None:
+        line += f', val bpb {bpb:.4f}'
+    return f'{line}, no better for {since_best} of {patience} evaluations' if patience and since_best else line
 
 
 def iter_line(record, seconds, minutes_left):

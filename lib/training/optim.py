@@ -6,6 +6,7 @@ import torch
 from configurator import UserError
 from lib.machine.device import fast_bf16
 from lib.machine.distributed import shard_like
+from lib.weights import schema
 
 
 class AdamW(torch.optim.AdamW):
@@ -153,9 +154,9 @@ def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type, muo
 
 def load_optimizer_state(optimizer, saved, path):
     """Load the optimizer state of the checkpoint at `path`; rates, betas and weight decay keep their present values."""
+    if problem := schema.optimizer_problem(optimizer, saved):
+        raise UserError(f'the optimizer state in {path} {problem}')
     now = optimizer.state_dict()['param_groups']
-    if [len(group['params']) for group in saved['param_groups']] != [len(group['params']) for group in now]:
-        raise UserError(f'the optimizer state in {path} does not fit: was the setting optimizer changed?')
     groups = [{**group, 'params': old['params']} for group, old in zip(now, saved['param_groups'])]
     params = [p for group in optimizer.param_groups for p in group['params']]
     state = {i: {key: shard_like(value, params[i]) for key, value in moments.items()}

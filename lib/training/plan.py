@@ -168,7 +168,7 @@ def eval_flops(job):
 
 
 def run_flops(job, max_iters=0):
-    """Return the FLOPs of the run's updates and evaluations. max_iters: for a job that ends by the clock."""
+    """Return the FLOPs of the run's updates and evaluations. max_iters: for a job with a time limit."""
     updates = max_iters or job.max_iters
     training = sum(fraction * context * flops_per_token(job, context) for fraction, context in job.contexts)
     evaluations = updates // job.eval_interval + 2
@@ -178,7 +178,7 @@ def run_flops(job, max_iters=0):
 def minutes_from(job, seconds_per_update, seconds_per_eval):
     """Return (minutes, updates) of the run from the time of its parts.
 
-    seconds_per_update: {context: seconds}. If the run ends by the clock, the minutes are given and updates follow.
+    seconds_per_update: {context: seconds}. If max_minutes ends the run, the updates follow from it.
     """
     if job.max_iters:
         update = sum(fraction * seconds_per_update[context] for fraction, context in job.contexts)
@@ -215,18 +215,15 @@ def memory(job, device_type, with_logits=False):
 
 def largest_batch(job, device_type, budget):
     """Return the largest batch_size with the same tokens per update whose tensors fit `budget` bytes; 0 if none.
+
+    Memory is taken to grow in proportion to the batch from one and two times job.batch_size on, which it does but for
+    the logits of a large vocabulary.
     """
+    one, two = (memory(replace(job, batch_size=n * job.batch_size), device_type).total for n in (1, 2))
+    per_sequence = (two - one) / job.batch_size
+    most = job.batch_size + (budget - one) / per_sequence
     per_rank = job.sequences // job.gpus
-    sizes = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-    low, high = 0, len(sizes)  # sizes[:low] fit, sizes[high:] do not
-    while low < high:
-        middle = (low + high) // 2
-        trial = replace(job, batch_size=sizes[middle], micro_steps=job.sequences // sizes[middle])
-        if memory(trial, device_type).total <= budget:
-            low = middle + 1
-        else:
-            high = middle
-    return sizes[low - 1] if low else 0
+    return max((n for n in range(1, per_rank + 1) if per_rank % n == 0 and n <= most), default=0)
 
 
 def checkpoint_bytes(job):
@@ -257,18 +254,21 @@ def data_sentence(job, tokens):
     return line
 
 
-def one_line(job, seconds_per_update, device_type='cpu', seconds_per_eval=0.0):
-    """Return (minutes, train.py's line on time, memory and epochs).
+def one_line(job, seconds_per_update, n_bytes=0, updates_done=0):
+    """Return (minutes, train.py's line on time, memory and epochs) for the rest of a run.
 
-    seconds_per_update: at full context, measured or estimated; shorter contexts are taken to be faster in proportion.
+    seconds_per_update: at full context, see trial.probe; shorter contexts are taken to be faster in proportion, and a
+    forward pass alone to take a third. n_bytes: memory at the peak; 0 is left out.
     """
-    T = job.config.block_size
-    minutes, updates = minutes_from(job, {context: seconds_per_update * context / T for _, context in job.contexts},
-                                    seconds_per_eval)
+    T, left = job.config.block_size, replace(job, max_iters=max(0, job.max_iters - updates_done))
+    evaluation = seconds_per_update * job.gpus / job.micro_steps / 3 * 2 * job.eval_iters / job.gpus
+    minutes, updates = minutes_from(left if job.max_iters else job, {
+        context: seconds_per_update * context / T for _, context in job.contexts}, evaluation)
     tokens = updates * job.tokens_per_update
     epochs = f' ({tokens / job.train_tokens:.2g} epochs)' if job.train_tokens else ''
+    held = f', {size(n_bytes)} of memory' if n_bytes else ''
     return minutes, (f'plan: about {duration(minutes)} for {human_number(updates)} updates, {human_number(tokens)} '
-                     f'tokens{epochs}; tensors take {size(memory(job, device_type).total)} at the peak')
+                     f'tokens{epochs}{held}')
 
 
 def long_run_warning(minutes, limit=60):

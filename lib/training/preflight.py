@@ -177,6 +177,7 @@ def _use_checkpoint(s, path, state):
     command line names no config file.
     """
     state.setdefault('iter_num', 0)
+    state['overridden'] = [name for name in ARCHITECTURE if name in s and s.origins[name].kind == 'config']
     errors = _use_architecture(s, state['model_args'], path) + _use_lora_rank(s, state, path)
     origins, has_config = state.get('origins', {}), any(origin.kind == 'config' for origin in s.origins.values())
     for name, value in state.get('config', {}).items():
@@ -269,8 +270,8 @@ def other_data(state, data):
 
 def resume_changes(state, s, data):
     """Return one line for each difference between a checkpoint's run and this one: architecture, settings, data."""
-    lines = [f'{name}: {s[name]}, as in the checkpoint' for name in ARCHITECTURE
-             if name in s and s.origins[name].kind == 'checkpoint' and state.get('config', {}).get(name) != s[name]]
+    lines = [f'{name}: {s[name]}, as in the checkpoint' for name in state.get('overridden', ())  # of a config file
+             if s.origins[name].kind == 'checkpoint']
     for name, old in state.get('config', {}).items():
         if name not in s or name in ARCHITECTURE or name in OF_THIS_PROCESS - {'device'} or s[name] == old:
             continue

@@ -82,7 +82,7 @@ def draw_law(law, points, path):
     lines = surface.contour(n, d, loss, levels=12, linewidths=0.8)
     surface.clabel(lines, fontsize=7)
     surface.plot(n_all, d_all, 'o', color=COLORS[1], markersize=4)
-    surface.set(xscale='log', yscale='log', xlabel='parameters N', ylabel='tokens D', title='loss by the law; dots: runs')
+    surface.set(xscale='log', yscale='log', xlabel='parameters N', ylabel='tokens D', title='the law; dots: runs')
     for ax in (iso, sizes, surface):
         for axis, scale in ((ax.xaxis, ax.get_xscale()), (ax.yaxis, ax.get_yscale())):
             if scale == 'log':

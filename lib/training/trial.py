@@ -6,6 +6,8 @@ from dataclasses import dataclass
 import torch
 
 from lib.machine import runtime
+from lib.machine.device import peak_memory
+from lib.training import plan
 from lib.training.optim import make_optimizer
 from lib.weights import lora
 from model import GPT
@@ -88,3 +90,34 @@ def time_run(job, rt, seconds=20.0):
         updates[context] = micro * job.batch_size / sequences * job.micro_steps / job.gpus + step
     one_batch = clock.median(evaluate, sequences, full, seconds=limit / 4) * job.batch_size / sequences
     return Timing(updates, one_batch * 2 * job.eval_iters, sequences)
+
+
+def probe(step, rt, model, opt):
+    """Run a training micro-step twice before the run and undo it; return (seconds, bytes of memory at the peak).
+
+    step(): one forward and backward pass. The second call is timed, or the first if it takes over two seconds. The
+    memory includes the state that the optimizer `opt` is going to create. Weights, gradients and random numbers are
+    as before. Every rank calls it.
+    """
+    states, clock = rt.rng_states(), _Clock(rt)
+    seconds = clock.once(step)
+    if seconds < 2:
+        seconds = clock.once(step)
+    model.zero_grad(set_to_none=True)
+    rt.set_rng_state(states)
+    peak = peak_memory(rt.device)
+    if not peak:
+        return seconds, 0
+    state = sum((4 if group['use_muon'] else 8) * p.numel() for group in opt.param_groups for p in group['params']
+                if not opt.state[p])
+    return seconds, peak + state
+
+
+def announce(step, settings, data, model, opt, rt, updates_done, say, warn):
+    """Time a training micro-step with `probe` and print what the run will take; warn if that is hours."""
+    seconds, n_bytes = probe(step, rt, model, opt)
+    job = plan.job_from(settings, model.config, rt.dtype, data, rt.world_size)
+    minutes, line = plan.one_line(job, seconds * job.micro_steps / rt.world_size, n_bytes, updates_done)
+    say(line)
+    if warning := plan.long_run_warning(minutes):
+        warn(warning)

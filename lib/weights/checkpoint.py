@@ -19,7 +19,7 @@ import torch
 from configurator import UserError
 from lib.machine.distributed import first_line
 from lib.machine.files import atomic_write, leftovers
-from lib.weights import lora
+from lib.weights import lora, schema
 
 try:
     import fcntl
@@ -168,6 +168,7 @@ def load(path, mmap=False):
         raise UserError(f'{path} is empty' if size == 0 else f'{path} is not a checkpoint of this program')
     try:
         with zipfile.ZipFile(path) as archive:
+            _check_members(archive, size)
             bad = archive.testzip()
     except Exception as error:  # zipfile raises a dozen kinds of exception for damaged files
         raise UserError(f'{path} is incomplete or damaged ({size} bytes; {error})') from error
@@ -181,16 +182,34 @@ def load(path, mmap=False):
         raise UserError(f'{path} is damaged ({first_line(error)})') from error
     if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ('model', 'model_args'))):
         raise UserError(f'{path} is not a checkpoint of this program: it has no model and model_args')
-    if odd := [name for name, tensor in state['model'].items() if not isinstance(tensor, torch.Tensor)]:
-        raise UserError(f'{path} is not a checkpoint of this program: {odd[0]} is not a tensor')
-    state['model'] = {_strip_prefix(name): tensor for name, tensor in state['model'].items()}
+    if problem := schema.state_problem(state, size):
+        raise UserError(f'{path} is not a checkpoint of this program: {problem}')
+    plain = {strip_prefix(name): tensor for name, tensor in state['model'].items()}
+    if len(plain) < len(state['model']):
+        raise UserError(f'{path} has two tensors of one name: names with and without the prefix of torch.compile')
+    masks = ('.attn.bias', '.attn.masked_bias')  # the causal mask, which older programs store
+    state['model'] = {name: tensor for name, tensor in plain.items() if not name.endswith(masks)}
     return state
 
 
-def _strip_prefix(name):
-    """Return a parameter's name without the prefixes of torch.compile and DDP in other programs' files."""
-    for prefix in ('module.', '_orig_mod.'):
-        name = name.removeprefix(prefix)
+def _check_members(archive, size):
+    """Raise ValueError if the members of a zip file give more bytes than the file has."""
+    end, names = 0, set()
+    for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
+        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
+            raise ValueError(f'{member.filename!r} is compressed, which torch.save never does')
+        if member.header_offset < end or member.filename in names:
+            raise ValueError(f'{member.filename!r} is in it twice, or overlaps another part')
+        end = member.header_offset + 30 + member.file_size
+        names.add(member.filename)
+    if end > size:
+        raise ValueError('it is cut off')
+
+
+def strip_prefix(name):
+    """Return a parameter's name without the prefixes of torch.compile, DDP and others in other programs' files."""
+    while (rest := name.removeprefix('module.').removeprefix('_orig_mod.').removeprefix('model.')) != name:
+        name = rest
     return name
 
 

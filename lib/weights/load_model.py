@@ -7,7 +7,7 @@ import torch
 
 from configurator import UserError, find_path
 from lib.text import data_folder, tokenizer
-from lib.weights import checkpoint, gpt2, lora
+from lib.weights import checkpoint, gpt2, lora, schema
 from lib.weights.checkpoint import has_nan
 from model import GPTConfig
 
@@ -81,6 +81,8 @@ def model_from_checkpoint(state, path, dtype=torch.float32, **overrides):
     overrides: replace model_args (dropout, for example). UserError names what does not fit.
     """
     try:
+        if problem := schema.model_problem(state['model_args'], state['model']):
+            raise ValueError(problem)
         config = GPTConfig(**{**state['model_args'], **overrides})
         model = gpt2.uninitialized(config, dtype)
         if rank := lora.rank_of(state['model']):
