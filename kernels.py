@@ -58,9 +58,9 @@ class CastTogetherFunction(torch.autograd.Function):
 
 
 def cast_weights(layers, dtype):
-    """Set layer.cast = layer.weight.to(dtype) for each of `layers`; do nothing where it does not pay.
+    """Set layer.cast = layer.weight.to(dtype) for each of `layers`, on a CPU and if the model is small; else nothing.
 
-    For small models on a CPU, where casting each weight by itself takes longer than its share of the memory traffic.
+    In a small model the overhead of one cast per weight costs more than the cast.
     """
     weights = [layer.weight for layer in layers]
     small = weights and weights[0].dtype != dtype and sum(w.numel() for w in weights) <= 2**24

@@ -18,6 +18,7 @@ from lib.generate import generate_text
 from lib.machine import console, runtime
 from lib.machine import device as devices
 from lib.text.prompt import encode_prompt, fit_to_vocabulary, read_prompt, typed
+from lib.weights import int8
 from lib.weights.load_model import load_model
 
 # model
@@ -44,7 +45,7 @@ seed = 1337  # the same seed gives the same samples, whatever their number
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
-dtype = 'auto'  # of weights and arithmetic: float32 | bfloat16 | float16; what the device does fast unless given
+dtype = 'auto'  # of weights and arithmetic: float32 | bfloat16 | float16 | int8 (CPU); what is fast unless given
 compile = False  # torch.compile: takes a minute or more to start, for long runs only
 
 
@@ -60,13 +61,15 @@ def check(s):
         'no_repeat_ngram': (s['no_repeat_ngram'] >= 0, '0 (off) or more'),
         'repetition_penalty': (0 < s['repetition_penalty'] < float('inf'), 'above 0; 1 is off'),
         'seed': (s['seed'] >= 0, '0 or more'),
-        'dtype': (s['dtype'] in ('auto', *devices.DTYPES), f'one of {", ".join(devices.DTYPES)}'),
+        'dtype': (s['dtype'] in ('auto', 'int8', *devices.DTYPES), f'one of {", ".join(devices.DTYPES)}, int8'),
     }
     errors = [f'{name} must be {wanted}, got {s[name]}' for name, (fine, wanted) in valid.items() if not fine]
     if s['start'].startswith('FILE:') and not find_path(s['start'][5:]).exists():
         errors.append(f'start={s["start"]}: there is no such file')
     if problem := devices.device_problem(s['device']):
         errors.append(problem)
+    elif s['dtype'] == 'int8' and s['device'] != 'cpu':
+        errors.append(f'dtype=int8 is for CPUs, got device={s["device"]}; use bfloat16, or --device=cpu')
     return errors
 
 
@@ -92,6 +95,8 @@ def main(argv=None):
     rt = runtime.start(settings)
     model, tok, state = load_model(init_from, out_dir, rt.dtype)
     model = model.to(rt.device, rt.dtype)
+    if dtype == 'int8':
+        int8.quantize_model(model)
     if compile:
         model = torch.compile(model)
     prompt = read_prompt(start)

@@ -238,8 +238,6 @@ def main(signals):
     rt.assert_same_on_all_ranks('the dataset', data.fingerprint())
     rt.assert_same_on_all_ranks(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1]['iter_num']))
     lock = checkpoint.lock_out_dir(out_dir) if rt.is_master and not eval_only else None
-    if init_from == 'auto' and not resumed:
-        say(f'no checkpoint in {out_dir}/: starting from scratch')
 
     raw_model = build_model(settings, data, resumed)
     raw_model.set_compute_dtype(rt.dtype)  # weights stay float32
@@ -251,30 +249,20 @@ def main(signals):
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
     micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
     sequences = micro_steps * batch_size  # per update
-    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters):
+    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters, resumed):
         say(line)
     if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
     p = restore(resumed, settings, data, opt, scaler, by_clock, say) if resumed else Progress()
 
-    def try_step(network):
-        """Run a step in every shape and mode that training uses, so that what cannot be compiled fails here."""
-        starts, total = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0], 0.0
-        for context in sorted({block_size // 4, block_size // 2, block_size} if context_warmup else {block_size}):
-            loss = network(*rt.to_device(*data.train.batch(starts, context)))[1]
-            loss.backward()
-            total += float(loss.detach())
-        with torch.no_grad():
-            raw_model.eval()
-            network(*rt.to_device(*data.train.batch(starts, block_size)))
-            raw_model.train()
-        return total
-
-    def seconds_ahead(step_seconds):
-        updates_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
-        return min(step_seconds * updates_left, 60 * max_minutes or math.inf)
-
-    compiled_model = compiler.compile_or_fall_back(raw_model, rt, settings.given('compile'), try_step, seconds_ahead)
+    # one batch of every shape that training uses, to compile and to time the model
+    starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
+    contexts = [block_size // 4, block_size // 2, block_size] if context_warmup else [block_size]
+    batches = [rt.to_device(*data.train.batch(starts, context)) for context in contexts]
+    steps_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
+    compiled_model = compiler.compile_or_fall_back(
+        raw_model, rt, settings.given('compile'), compiler.step_in_all_shapes(raw_model, batches),
+        lambda step_seconds: min(step_seconds * steps_left, 60 * max_minutes or math.inf))
     model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
@@ -282,7 +270,7 @@ def main(signals):
         distributed.finish()
         return
 
-    trial.announce(lambda: try_step(compiled_model), settings, data, raw_model, opt, rt, p.iter_num, say, warn)
+    trial.announce(compiled_model, batches[-1], settings, data, raw_model, opt, rt, p.iter_num, say, warn)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):
         warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')

@@ -341,6 +341,49 @@ def test_settings_that_fsdp_does_not_support_are_refused(run, workdir, flags, pr
     assert done.status == 2 and problem in done.last_error
 
 
+# What the ranks exchange
+
+COUNT = """
+import json, torch, torch.distributed as dist
+counts = {}
+def count(module, name):
+    real = getattr(module, name)
+    def counted(*args, **kwargs):
+        counts[name] = counts.get(name, 0) + 1
+        return real(*args, **kwargs)
+    setattr(module, name, counted)
+count(dist, '_broadcast_coalesced')
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as group
+count(group, 'foreach_reduce')
+from lib.machine import distributed
+finish = distributed.finish
+distributed.finish = lambda: (json.dump(counts, open(f'counts{rank}', 'w')), finish())
+"""
+
+
+@pytest.mark.parametrize('micro_steps', [2, 8])
+def test_fsdp_reduces_gradients_once_per_update_whatever_the_number_of_micro_batches(workdir, micro_steps):
+    flags = ['--max_iters=3', '--eval_interval=100', '--parallel=fsdp', f'--gradient_accumulation_steps={micro_steps}']
+    outcomes = Ranks(2, 'train.py', *FLAGS, *flags, cwd=workdir, hook=COUNT).wait()
+    assert [status for status, *_ in outcomes] == [0, 0], outcomes
+    assert json.loads((workdir / 'counts0').read_text(encoding='utf-8'))['foreach_reduce'] == 3 * 3  # 2 blocks, rest
+
+
+def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
+    """A buffer would be sent before each forward pass."""
+    class Model(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer('rope', torch.zeros(4), persistent=False)
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        rt = Runtime(torch.device('cpu'), torch.float32, False, '', world_size=2)
+        ddp = distributed.wrap_ddp(Model(), rt, 'ddp')
+        assert not ddp.will_sync_module_buffers() and ddp.gradient_as_bucket_view
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # torchrun itself
 
 LAUNCHED = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--decay_lr=False', '--dist_timeout=60',
@@ -408,46 +451,3 @@ if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and rank == 1:
     assert process.returncode == 0, err
     assert 'no checkpoint in out/: starting from scratch' in out and 'resuming from iter' in out
     assert load(workdir / 'out' / 'last.pt')['iter_num'] == 12
-
-
-# What the ranks exchange
-
-COUNT = """
-import json, torch, torch.distributed as dist
-counts = {}
-def count(module, name):
-    real = getattr(module, name)
-    def counted(*args, **kwargs):
-        counts[name] = counts.get(name, 0) + 1
-        return real(*args, **kwargs)
-    setattr(module, name, counted)
-count(dist, '_broadcast_coalesced')
-import torch.distributed.fsdp._fully_shard._fsdp_param_group as group
-count(group, 'foreach_reduce')
-from lib.machine import distributed
-finish = distributed.finish
-distributed.finish = lambda: (json.dump(counts, open(f'counts{rank}', 'w')), finish())
-"""
-
-
-@pytest.mark.parametrize('micro_steps', [2, 8])
-def test_fsdp_reduces_gradients_once_per_update_whatever_the_number_of_micro_batches(workdir, micro_steps):
-    flags = ['--max_iters=3', '--eval_interval=100', '--parallel=fsdp', f'--gradient_accumulation_steps={micro_steps}']
-    outcomes = Ranks(2, 'train.py', *FLAGS, *flags, cwd=workdir, hook=COUNT).wait()
-    assert [status for status, *_ in outcomes] == [0, 0], outcomes
-    assert json.loads((workdir / 'counts0').read_text(encoding='utf-8'))['foreach_reduce'] == 3 * 3  # 2 blocks, rest
-
-
-def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
-    """A buffer would be sent before each forward pass."""
-    class Model(torch.nn.Linear):
-        def __init__(self):
-            super().__init__(2, 2)
-            self.register_buffer('rope', torch.zeros(4), persistent=False)
-    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
-    try:
-        rt = Runtime(torch.device('cpu'), torch.float32, False, '', world_size=2)
-        ddp = distributed.wrap_ddp(Model(), rt, 'ddp')
-        assert not ddp.will_sync_module_buffers() and ddp.gradient_as_bucket_view
-    finally:
-        torch.distributed.destroy_process_group()

@@ -383,8 +383,6 @@ def test_nan_logits_are_an_error_with_a_remedy(rules):
         list(generate_text(model, ByteTokenizer(), [65], 2, 20, **rules))
 
 
-
-
 def test_cudnn_attention_is_off_for_samples_during_training_and_on_again_afterwards(monkeypatch):
     from types import SimpleNamespace
 

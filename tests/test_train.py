@@ -11,7 +11,7 @@ from conftest import TINY
 from kit import Ranks, differences, load, trained_part
 
 import kernels
-from lib.machine import runtime
+from lib.machine import runtime, signals
 from lib.text import dataset
 from lib.text.dataset import open_dataset, train_starts
 from lib.training.log import read_log
@@ -360,7 +360,7 @@ def test_a_save_on_a_signal_does_not_replace_a_good_initial_model_in_ckpt(run, t
     torch.save(good, 'out/last.pt')
     torch.save(good, 'out/ckpt.pt')
     before = (trained / 'ckpt.pt').read_bytes()
-    monkeypatch.setattr(Signals, '__enter__', lambda self: setattr(self, 'level', 1) or self)
+    monkeypatch.setattr(signals.Signals, '__enter__', lambda self: setattr(self, 'level', 1) or self)
     assert 'SIGUSR1: saved' in run('train.py', *TINY, '--init_from=resume', '--max_iters=7').out
     assert (trained / 'ckpt.pt').read_bytes() == before
 

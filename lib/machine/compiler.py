@@ -48,6 +48,22 @@ def compile_or_fall_back(model, runtime, explicit, try_step, seconds_ahead=lambd
     return compiled
 
 
+def step_in_all_shapes(model, batches):
+    """Return a try_step for compile_or_fall_back: training on each of the `batches`, and evaluation on the last."""
+    def try_step(network):
+        total = 0.0
+        for idx, targets in batches:
+            _, loss = network(idx, targets)
+            loss.backward()
+            total += float(loss.detach())
+        with torch.no_grad():
+            model.eval()
+            network(*batches[-1])
+            model.train()
+        return total
+    return try_step
+
+
 def _compiled(model, runtime, try_step, eager, again):
     """Return (why the compiled step cannot be used or '', the compiled model)."""
     settings = torch._inductor.config.triton

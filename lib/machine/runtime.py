@@ -178,7 +178,8 @@ def start(settings, trains=False):
     limit_threads()
     torch.manual_seed(settings['seed'])
     description = f'{device}, {name} ({reason}), compile {"on" if compiled else "off"}'
-    return Runtime(device, DTYPES[name], compiled, description, rank, local_rank, world_size)
+    compute_dtype = torch.bfloat16 if name == 'int8' else DTYPES[name]  # int8 weights multiply bfloat16 activations
+    return Runtime(device, compute_dtype, compiled, description, rank, local_rank, world_size)
 
 
 class DelayedReader:
