@@ -71,10 +71,9 @@ class Settings(dict):
 
 
 class _ConfigScope(dict):
-    """The local scope of a config file. It records the line of each assignment and leaves flags unchanged.
+    """The local scope of a config file: records the line of each assignment and leaves flags unchanged.
 
-    `module` holds the file's globals, so that functions and comprehensions see the same names.
-    """
+    `module`: the file's globals, so that comprehensions see the same names."""
 
     def __init__(self, module, flags):
         super().__init__()
@@ -229,8 +228,7 @@ def describe(source, values, doc=''):
     return '\n'.join(lines)
 
 
-def stop(errors):
-    """End the program with exit status 2, printing a user's mistakes on stderr, one per line."""
+def stop(errors):  # one line per mistake, exit status 2
     print('\n'.join(f'error: {error}' for error in errors), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -238,6 +236,8 @@ def stop(errors):
 def _print_exception(kind, error, trace):  # Python then ends with status 130, which shells expect
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
+    elif issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
+        print(f'error: out of memory ({reason(error)})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

@@ -174,7 +174,7 @@ def main():
         device_type, capacity = 'cuda', 1e9 * (s['memory'] or cards.MEMORY_GB[card])
         print(f'{job.gpus} x {card}, {plan.size(capacity)}, {str(job.dtype).removeprefix("torch.")}\n')
     else:
-        rt = runtime.start(s, compile_pays=True)
+        rt = runtime.start(s, trains=True)
         job = plan.job_from(s, config, rt.dtype, data, s['gpus'])
         device_type, capacity = rt.device.type, 1e9 * s['memory'] or devices.free_memory(rt.device)
         print(f'this machine: {rt.description}\n')

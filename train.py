@@ -5,10 +5,11 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --help                                              every setting
 
-Python config files and --key=value flags override the settings below; flags win. Ctrl-C saves and prints how to
-resume. The model is in model.py; with these two files open you see one complete training step.
+Config files and --key=value flags override the settings below. Ctrl-C saves and prints how to resume. With this file
+and model.py open you see one complete training step.
 """
 import math
+import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, fields
@@ -16,8 +17,8 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from lib.generate import sample_text
+from lib.machine import compiler, distributed, runtime
 from lib.machine import device as devices
-from lib.machine import distributed, runtime
 from lib.machine.signals import Signals
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
@@ -233,13 +234,11 @@ def restore(resumed, settings, data, opt, scaler, by_clock, say):
 
 def main(signals):
     settings, data, resumed = preflight.open_run(globals())  # checks everything before anything is built
-    rt = runtime.start(settings, compile_pays=True)
+    rt = runtime.start(settings, trains=True)
     say, warn = (log.say, log.warn) if rt.is_master else (log.ignore, log.ignore)
     rt.assert_same_on_all_ranks('the dataset', data.fingerprint())
     rt.assert_same_on_all_ranks(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1]['iter_num']))
     lock = checkpoint.lock_out_dir(out_dir) if rt.is_master and not eval_only else None
-    if init_from == 'auto' and not resumed:
-        say(f'no checkpoint in {out_dir}/: starting from scratch')
 
     raw_model = build_model(settings, data, resumed)
     raw_model.set_compute_dtype(rt.dtype)  # weights stay float32
@@ -251,17 +250,20 @@ def main(signals):
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
     micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
     sequences = micro_steps * batch_size  # per update
-    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters):
+    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters, resumed):
         say(line)
     if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
     p = restore(resumed, settings, data, opt, scaler, by_clock, say) if resumed else Progress()
 
-    def try_step(compiled):
-        starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
-        compiled(*rt.to_device(*data.train.batch(starts, block_size)))[1].backward()
-
-    compiled_model = runtime.compile_or_fall_back(raw_model, rt, settings.given('compile'), try_step)
+    # one batch of every shape that training uses, to compile and to time the model
+    starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
+    contexts = [block_size // 4, block_size // 2, block_size] if context_warmup else [block_size]
+    batches = [rt.to_device(*data.train.batch(starts, context)) for context in contexts]
+    steps_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
+    compiled_model = compiler.compile_or_fall_back(
+        raw_model, rt, settings.given('compile'), compiler.step_in_all_shapes(raw_model, batches),
+        lambda step_seconds: min(step_seconds * steps_left, 60 * max_minutes or math.inf))
     model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
@@ -269,7 +271,7 @@ def main(signals):
         distributed.finish()
         return
 
-    trial.announce(lambda: try_step(compiled_model), settings, data, raw_model, opt, rt, p.iter_num, say, warn)
+    trial.announce(compiled_model, batches[-1], settings, data, raw_model, opt, rt, p.iter_num, say, warn)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):
         warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')
@@ -395,8 +397,7 @@ def main(signals):
     finish_trackers()
     distributed.finish()
     del lock  # held until here
-    if status:
-        raise SystemExit(status)
+    sys.exit(status)
 
 
 if __name__ == '__main__':

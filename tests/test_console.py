@@ -14,8 +14,8 @@ from lib.machine.console import printable
 
 
 @pytest.mark.parametrize('text, shown', [
-    ('plain\ttext\n日本 é', 'plain\ttext\n日本 é'), ('\x1b[31mred', r'\x1b[31mred'), ('a\rb', r'a\rb'),
-    ('\x07', r'\x07'),
+    ('plain\ttext\n日本 é', 'plain\ttext\n日本 é'),
+    ('\x1b[31mred', r'\x1b[31mred'), ('a\rb', r'a\rb'), ('\x07', r'\x07'),
     ('\x9b2J', r'\x9b2J'), ('\x7f', r'\x7f'), ('\x00', r'\x00'), ('\u202egnp', r'\u202egnp'), ('', '')])
 def test_control_characters_are_shown_as_escapes(text, shown):
     assert printable(text) == shown

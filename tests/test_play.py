@@ -32,13 +32,13 @@ CPU = SimpleNamespace(device=torch.device('cpu'), dtype=torch.float32)
 MARKS = {'user': 'a\n', 'assistant': 'b\n', 'end': '\n\n'}
 
 
-def write_run(folder, spec=None, seed=0, n_layer=2, block_size=8, **more):
+def write_run(folder, spec=None, seed=0, n_layer=2, n_embd=16, block_size=8, **more):
     """Write a random model's ckpt.pt into `folder`; return it. more: the model's options, or the checkpoint's keys."""
     keys = {name: more.pop(name) for name in ('chat', 'config', 'iter_num', 'best_val_loss') if name in more}
     spec = spec or {'kind': 'char', 'chars': CHARS}
     V = tokenizer.from_spec(spec).vocab_size
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=16, **more))
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=n_embd, **more))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
@@ -282,6 +282,28 @@ def test_a_passage_comes_from_the_validation_split(play, folder):
     write_dataset(folder / 'data' / 'mine', [2] * 20, [2, 3, 4, 5, 6, 7, 8, 9] * 4, chars=CHARS)
     write_run(folder / 'out', config={'dataset': 'mine'})
     assert play('out').ask('passage', place=0.5, tokens=8) == [{'text': 'efghabcd'}]
+
+
+def test_a_passage_begins_with_a_line_if_one_is_near(play, folder):
+    write_dataset(folder / 'data' / 'mine', [2] * 20, [2, 3, 4, 0, 5, 6, 7, 8] * 4, chars=CHARS)
+    write_run(folder / 'out', config={'dataset': 'mine'})
+    assert play('out').ask('passage', place=0.5, tokens=16) == [{'text': 'defgabc\ndefg'}]
+
+
+@pytest.mark.slow
+def test_streaming_reaches_nine_tenths_of_sample_pys_speed(folder):
+    write_run(folder / 'out', {'kind': 'byte'}, block_size=256, n_layer=4, n_embd=128)
+    opened, rules = models.Models(['out'], '', CPU).get('out'), {'temperature': 0.8, 'top_k': 200}
+
+    def seconds(work):  # of the CPU, because other programs may run
+        began = time.process_time()
+        for item in work:
+            json.dumps(item)
+        return time.process_time() - began
+    both = [(seconds(generate.generate_text(opened.model, opened.tok, [10], 1, 1000, seed=seed, **rules)),
+             seconds(views.write(opened, '\n', [], 1000, seed, rules))) for seed in range(5)]
+    alone, streamed = map(min, zip(*both))
+    assert alone / streamed > 0.9
 
 
 # several readers, and a run that goes on

@@ -7,12 +7,12 @@ import threading
 import pytest
 from textkit import LINES, TEXT, contents, fails, json_lines, put
 
-from lib.text import read_text
+from lib.text import download, read_text
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch):
-    monkeypatch.setattr(read_text, 'WAIT', 0.01)
+    monkeypatch.setattr(download, 'WAIT', 0.01)
 
 
 def every_tenth(lines):
@@ -115,6 +115,7 @@ def test_a_pattern_skips_folders(prepare, tmp_path):
     put(tmp_path / 'in' / 'a.txt', TEXT)
     put(tmp_path / 'in' / 'deeper' / 'b.txt', 'other')
     assert prepare(tmp_path / 'in' / '*', dataset='x').whole_text == TEXT
+    assert 'left out 1 files or folders: ' in prepare.err and 'deeper (a folder; ** reads those, too)' in prepare.err
 
 
 def test_a_path_is_looked_up_in_the_working_directory_then_in_the_repository(prepare, tmp_path, monkeypatch):
@@ -162,9 +163,10 @@ def folder(tmp_path):
     return tmp_path / 'data' / 'x'
 
 
-def test_a_download_is_kept_as_input_txt(prepare, server, folder):
+def test_a_download_is_kept_and_used_again_for_the_text_of_the_script(prepare, server, folder):
     prepare(dataset='x', source=server.url + '/text')
-    assert (folder / 'input.txt').read_text(encoding='utf-8') == TEXT
+    assert download.own_file(folder, server.url + '/text').read_text(encoding='utf-8') == TEXT
+    assert prepare(dataset='x', source=server.url + '/text').whole_text == TEXT and server.hits == 1
 
 
 def test_a_busy_server_is_asked_three_times(prepare, server, folder):
@@ -219,7 +221,12 @@ def test_the_suggested_encoding_reads_the_text(prepare, tmp_path, capfd, text, c
     assert prepare(path, f'--encoding={codec}').whole_text == (text + '\n') * 100
 
 
-@pytest.mark.parametrize('data', [b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR', bytes(range(1, 256))])
+def test_a_picture_is_refused_by_name(prepare, tmp_path, capfd):
+    message = fails(capfd, lambda: prepare(put(tmp_path / 'a.png', b'\x89PNG\r\n\x1a\n\0\0\0\rIHDR')))
+    assert 'a.png is a picture, not text' in message
+
+
+@pytest.mark.parametrize('data', [bytes(range(1, 256))])
 def test_a_file_that_is_not_text_is_refused_without_suggesting_an_encoding(prepare, tmp_path, capfd, data):
     message = fails(capfd, lambda: prepare(put(tmp_path / 'a.png', data)))
     assert 'a.png is not UTF-8 at byte' in message and 'does not look like text' in message
@@ -244,8 +251,15 @@ def test_an_invalid_line_of_json_is_reported_with_its_number(prepare, tmp_path, 
     assert f'{path}{reason}' in fails(capfd, lambda: prepare(path))
 
 
-def test_a_json_file_that_is_one_list_is_refused(prepare, tmp_path, capfd):
-    path = put(tmp_path / 'poems.json', json.dumps([{'text': 'a'}, {'text': 'b'}], indent=1))
+@pytest.mark.parametrize('indent', [None, 1])
+def test_a_json_file_that_is_one_list_of_objects_is_read(prepare, tmp_path, monkeypatch, indent):
+    monkeypatch.setattr(read_text, 'CHUNK', 100)
+    path = put(tmp_path / 'poems.json', json.dumps([{'text': line} for line in LINES], indent=indent))
+    assert prepare(path).text('val') == every_tenth(LINES)
+
+
+def test_a_json_file_of_another_shape_is_refused(prepare, tmp_path, capfd):
+    path = put(tmp_path / 'poems.json', json.dumps({'text': 'a', 'more': 'b'}, indent=1))
     assert 'is JSON, but not one object per line' in fails(capfd, lambda: prepare(path))
 
 

@@ -5,7 +5,7 @@ import pytest
 import torch
 from kit import python
 
-from configurator import Settings, UserError
+from configurator import Origin, Settings
 from lib.machine import runtime
 from lib.machine.runtime import Runtime
 
@@ -17,7 +17,7 @@ def cpu(**more):
 def settings(**values):
     s = Settings({'device': 'cpu', 'dtype': 'auto', 'compile': True, 'seed': 1, 'backend': 'nccl', 'dist_timeout': 60.0,
                   **values})
-    s.origins.update({name: f'--{name}' for name in values})
+    s.origins.update({name: Origin('flag', f'--{name}') for name in values})
     return s
 
 
@@ -39,22 +39,32 @@ def test_start_gives_cuda_an_index(monkeypatch):
     assert runtime.start(chosen_settings).device == torch.device('cuda', 0) and chosen == [0]
 
 
-def test_a_compile_that_fails_falls_back_with_one_line(monkeypatch, capfd):
-    model = torch.nn.Linear(2, 2)
+@pytest.fixture
+def start_on_cuda(monkeypatch):
+    """start_on_cuda(trains=False, **values of settings) starts on a made-up CUDA device."""
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', lambda index: None, raising=False)
+    monkeypatch.setattr(runtime, 'pick_dtype', lambda device: ('bfloat16', 'stand-in'))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (9, 0))
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield lambda trains=False, **values: runtime.start(settings(**{'device': 'cuda', **values}), trains)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cuda.enable_cudnn_sdp(before[1])
 
-    def broken(model):
-        raise RuntimeError('no C++ compiler\nand forty more lines')
-    monkeypatch.setattr(torch, 'compile', lambda model, dynamic: model)
-    state = torch.get_rng_state()
-    fast = runtime.compile_or_fall_back(model, cpu(compile=True), False, lambda m: (torch.rand(1), broken(m)))
-    assert fast is model and torch.equal(torch.get_rng_state(), state)
-    assert capfd.readouterr().err == 'compile failed (RuntimeError: no C++ compiler); continuing without it\n'
+
+@pytest.mark.parametrize('trains', [True, False])
+def test_cudnn_attention_is_off_where_text_is_generated(start_on_cuda, trains):
+    start_on_cuda(trains)
+    assert torch.backends.cuda.cudnn_sdp_enabled() is trains
 
 
-def test_a_compile_that_was_asked_for_and_fails_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch, 'compile', lambda model, dynamic: model)
-    with pytest.raises(UserError, match=r'compile=True: .*ZeroDivisionError: division by zero\); leave it out'):
-        runtime.compile_or_fall_back(torch.nn.Linear(2, 2), cpu(compile=True), True, lambda model: 1 / 0)
+@pytest.mark.parametrize('values, precision', [({}, 'high'), ({'dtype': 'bfloat16'}, 'high'),
+                                               ({'dtype': 'float32'}, 'highest')])
+def test_tf32_is_used_unless_float32_was_asked_for(start_on_cuda, values, precision):
+    start_on_cuda(**values)
+    assert torch.get_float32_matmul_precision() == precision
 
 
 def test_random_states_of_a_checkpoint_are_restored():
@@ -70,10 +80,6 @@ def test_missing_random_states_are_reported(states):
 def test_with_one_process_reducing_returns_the_numbers():
     rt = cpu()
     assert rt.all_reduce_max(1, 2.5) == (1, 2.5) and rt.all_reduce_sum(3) == (3,) and rt.is_master
-
-
-def test_a_delayed_reader_reads_at_once_on_a_cpu():
-    assert runtime.DelayedReader(cpu())(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
 
 
 # The clock

@@ -5,7 +5,8 @@ import re
 import pytest
 
 from configurator import REPO, UserError
-from lib.text import read_text, sources
+from lib.text import download as downloads
+from lib.text import sources
 from lib.text.sources import BOLUOJING, SANZIJING, SHUIXU, SHUIXU_FULL, gutenberg, three_character_lines
 
 CLASSIC = '\n'.join(['人之初', '性本善'] * 190)  # as long as the tutorial's: 380 lines, 1,519 characters
@@ -102,10 +103,10 @@ def test_download_tries_as_often_as_it_is_told(monkeypatch, tmp_path):
     def refuse(request, timeout):
         asked.append(request.full_url)
         raise OSError('unreachable')
-    monkeypatch.setattr(read_text.urllib.request, 'urlopen', refuse)
-    monkeypatch.setattr(read_text, 'WAIT', 0)
+    monkeypatch.setattr(downloads.urllib.request, 'urlopen', refuse)
+    monkeypatch.setattr(downloads, 'WAIT', 0)
     for tries in (1, 3):
         asked.clear()
         with pytest.raises(UserError, match=re.escape('unreachable')):
-            read_text.download('http://nowhere', tmp_path / 'x', tries=tries)
+            downloads.download('http://nowhere', tmp_path / 'x', tries=tries)
         assert len(asked) == tries

@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError
+from lib.text.download import download
 from lib.text.prepare import prepare
-from lib.text.read_text import download
 
 URL = 'https://api.chucknorris.io/jokes/search?query=chuck'  # returns all facts that contain the word
 

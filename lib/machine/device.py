@@ -1,4 +1,5 @@
 """Which device and dtype to use, and how fast the device is."""
+import contextlib
 import functools
 import re
 import sys
@@ -19,9 +20,11 @@ DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch
 # Peak of dense matrix products in TFLOP/s: (float16 and bfloat16 with float32 accumulation, float32). Sources: data
 # sheets and architecture white papers. The first key found in the device's name is used, so longer keys come first.
 PEAK_TFLOPS = {
-    'B200': (2250, 75), 'H200': (989, 67), 'H100 PCIe': (756, 51), 'H100 NVL': (835, 60), 'H100': (989, 67),
-    'A100': (312, 19.5), 'L40S': (362, 91.6), 'L40': (181, 90.5),
-    'L4': (121, 30.3), 'A10G': (70, 35), 'A10': (125, 31.2), 'T4': (65, 8.1),
+    'B200': (2250, 75), 'GH200': (989, 67), 'H200': (989, 67), 'H800 PCIe': (756, 51), 'H800': (989, 67),
+    'H100 PCIe': (756, 51), 'H100 NVL': (835, 60), 'H100': (989, 67),
+    'H20': (148, 44), 'A100': (312, 19.5), 'A800': (312, 19.5), 'A40': (150, 37.4), 'L40S': (362, 91.6),
+    'L40': (181, 90.5), 'RTX 6000 Ada': (364, 91.1), 'A6000': (155, 38.7), 'L20': (119.5, 59.8), 'L4': (121, 30.3),
+    'A10G': (70, 35), 'A10': (125, 31.2), 'T4': (65, 8.1),
     'V100': (125, 15.7), 'MI300X': (1307, 163.4),
     'GTX 1080 Ti': (11.3, 11.3), 'GTX 1080': (8.9, 8.9), 'GTX 1070 Ti': (8.2, 8.2), 'GTX 1070': (6.5, 6.5),
     'GTX 1060': (4.4, 4.4), 'GTX 1050 Ti': (2.1, 2.1), 'GTX 1050': (1.9, 1.9),
@@ -29,7 +32,7 @@ PEAK_TFLOPS = {
     'RTX 2070 SUPER': (36.3, 9.1), 'RTX 2070': (29.9, 7.5), 'RTX 2060 SUPER': (28.7, 7.2), 'RTX 2060': (25.8, 6.5),
     'RTX 3090 Ti': (80, 40), 'RTX 3090': (71, 35.6), 'RTX 3080 Ti': (68.2, 34.1), 'RTX 3080': (59.5, 29.8),
     'RTX 3070 Ti': (43.5, 21.7), 'RTX 3070': (40.6, 20.3), 'RTX 3060 Ti': (32.4, 16.2), 'RTX 3060': (25.5, 12.7),
-    'RTX 4090': (165.2, 82.6), 'RTX 4080 SUPER': (104.4, 52.2), 'RTX 4080': (97.5, 48.7),
+    'RTX 4090 D': (147.1, 73.5), 'RTX 4090': (165.2, 82.6), 'RTX 4080 SUPER': (104.4, 52.2), 'RTX 4080': (97.5, 48.7),
     'RTX 4070 Ti SUPER': (88.2, 44.1), 'RTX 4070 Ti': (80.2, 40.1), 'RTX 4070 SUPER': (71, 35.5),
     'RTX 4070': (58.3, 29.1), 'RTX 4060 Ti': (44.1, 22.1), 'RTX 4060': (30.2, 15.1),
     'RTX 5090': (209.5, 104.8), 'RTX 5080': (112.6, 56.3), 'RTX 5070 Ti': (87.9, 43.9), 'RTX 5070': (61.7, 30.9),
@@ -40,8 +43,30 @@ PEAK_TFLOPS = {
 def pick_device():
     """Return the best kind of device this machine has: cuda, mps or cpu."""
     if torch.cuda.is_available():
-        return 'cuda'
+        if has_kernels(torch.cuda.get_device_capability(), torch.cuda.get_arch_list()):
+            return 'cuda'
+        print(f'using the CPU, since {no_kernels(torch.cuda.get_device_capability())}', file=sys.stderr)
     return 'mps' if torch.backends.mps.is_available() else 'cpu'
+
+
+def has_kernels(capability, architectures):
+    """Return whether this torch can run on a GPU of `capability`, such as (8, 6).
+
+    architectures: what torch was compiled for, as ['sm_80', 'sm_90a', 'compute_90']: machine code for a capability of
+    the same major number and a minor one that is not above, or PTX for all that are not below. AMD's have other names.
+    """
+    major, minor = capability
+    known = [re.fullmatch(r'(sm|compute)_(\d+)(\d)[a-z]?', name) for name in architectures]
+    if not any(known):
+        return True
+    return any((int(found[2]), int(found[3])) <= capability and (found[1] == 'compute' or int(found[2]) == major)
+               for found in known if found)
+
+
+def no_kernels(capability):
+    """Return the sentence for a GPU that this torch has no kernels for: PyPI's wheels leave older GPUs out."""
+    return (f'torch {torch.__version__} has no kernels for compute capability {capability[0]}.{capability[1]}; older '
+            'GPUs need pip install torch --index-url https://download.pytorch.org/whl/cu126')
 
 
 def device_problem(name):
@@ -54,9 +79,23 @@ def device_problem(name):
         return f'device={name}: no CUDA here; use --device=cpu or mps'
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         return f'device={name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0'
+    if device.type == 'cuda' and not has_kernels(capability := torch.cuda.get_device_capability(device),
+                                                 torch.cuda.get_arch_list()):
+        return f'device={name}: {no_kernels(capability)}'
     if device.type == 'mps' and not torch.backends.mps.is_available():
         return 'device=mps: no MPS here; use --device=cpu'
     return ''
+
+
+@contextlib.contextmanager
+def without_cudnn_attention():
+    """Keep cuDNN's attention off in this block: it builds a plan for each length, in generation for each token."""
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def native_bf16():

@@ -6,8 +6,18 @@ import re
 import secrets
 from pathlib import Path
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 # of fsync, on file systems that have none, or none for folders; macOS has both ENOTSUP and EOPNOTSUPP
 NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY}
+
+
+def temporary_name(path):
+    """Return a path beside `path` that no two writers use."""
+    return path.with_name(f'{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}')
 
 
 @contextlib.contextmanager
@@ -21,7 +31,7 @@ def atomic_write(path):
             json.dump(meta, file)
     """
     path = Path(path)
-    temporary = path.with_name(f'{path.name}.tmp.{os.getpid()}.{secrets.token_hex(4)}')  # never used by two writers
+    temporary = temporary_name(path)
     try:
         with open(temporary, 'xb') as file:
             mode = os.stat(file.fileno()).st_mode  # what the umask allows; some libraries write for their owner only
@@ -37,6 +47,29 @@ def atomic_write(path):
     finally:
         with contextlib.suppress(OSError):  # renamed already, or the folder is gone
             temporary.unlink()
+
+
+@contextlib.contextmanager
+def alone_in(folder):
+    """Lock `folder` for this process while the block runs; BlockingIOError if another process has it.
+
+    Yields whether there is a lock: some systems and file systems have none.
+    """
+    fd, locked = None, False
+    try:
+        if fcntl:
+            fd = os.open(folder, os.O_RDONLY)
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except BlockingIOError:
+                raise
+            except OSError:  # a network file system, for example
+                pass
+        yield locked
+    finally:
+        if fd is not None:
+            os.close(fd)
 
 
 def leftovers(folder, names):

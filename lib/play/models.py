@@ -130,8 +130,9 @@ def _dataset_name(state):
 
 
 def passage(opened, place, n_tokens):
-    """Return n_tokens of the validation split as text. place: its position in the split, from 0 to 1.
+    """Return n_tokens of the validation split as text, from the beginning of a line if one is near.
 
+    place: its position in the split, from 0 to 1.
     UserError if the dataset is not on this machine or has another tokenizer.
     """
     name = _dataset_name(opened.state)
@@ -144,4 +145,6 @@ def passage(opened, place, n_tokens):
         _, opened.cache['val'], *_ = files['val']
     tokens = opened.cache['val']
     start = int(place * max(0, len(tokens) - n_tokens))
-    return opened.tok.decode(tokens[start:start + n_tokens].tolist()).strip('\ufffd')
+    text = opened.tok.decode(tokens[start:start + n_tokens].tolist()).strip('\ufffd')
+    line = text[:len(text) // 4].find('\n') + 1 if start else 0
+    return text[line:].lstrip('\n')

@@ -1,12 +1,10 @@
 """What prepare tells a reader about a text besides the counts: its characters, its tokens, and what to do next."""
 from pathlib import Path
 
+from lib.text.containers import not_text
+
 FEW_CHARACTERS = 200  # vocabularies below this size are printed
 FEW_TOKENS = 2_000_000  # too few to train 50,257 embeddings of GPT-2's vocabulary from scratch
-OTHER_FILES = {b'%PDF-': 'a PDF', b'PK\x03\x04': 'a zip archive (a .docx or .epub is one)', b'\x89PNG': 'a picture',
-               b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture', b'Rar!': 'an archive', b'7z\xbc\xaf': 'an archive',
-               b'\xd0\xcf\x11\xe0': 'a Word or Excel file', b'\x7fELF': 'a program', b'SQLite format 3': 'a database',
-               b'{\\rtf': 'a rich text file'}
 
 
 def unique_characters(chars):
@@ -53,13 +51,6 @@ def train_command(name, configs, tokenizer, counts):
     if longest < context:  # the largest power of two that both splits can fill
         command += f' --block_size={1 << max(0, longest.bit_length() - 1)}'
     return command
-
-
-def not_text(path):
-    """Return what the file is if it is surely not text ('a PDF'), '' otherwise; looks at its first bytes only."""
-    with open(path, 'rb') as file:
-        start = file.read(16)
-    return next((what for magic, what in OTHER_FILES.items() if start.startswith(magic)), '')
 
 
 def unreadable(folder, paths):

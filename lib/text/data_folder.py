@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from configurator import REPO, UserError
+from lib.machine import files
 from lib.text import dialogue
 from lib.text.schema import load_plain_pickle, parse_json, spec_problem
 from lib.text.tokenizer import CharTokenizer, TextError, from_spec
@@ -23,6 +24,7 @@ from lib.text.tokenizer import CharTokenizer, TextError, from_spec
 IN_MEMORY = 256 * 2**20  # bytes; a smaller .bin file is read whole and its sha256 checked, a larger one is mapped
 LLM_C_MAGIC = 20240520
 SPLITS = ('train', 'val')
+FILES = ('train.bin', 'val.bin', 'train.mask', 'val.mask', 'meta.json')
 
 
 def folder(name):
@@ -84,13 +86,11 @@ def from_nanogpt_meta(path):
     """Return the character tokenizer in nanoGPT's meta.pkl in folder `path`; TextError if it is anything else."""
     path = Path(path) / 'meta.pkl'
     try:
-        table = load_plain_pickle(path.read_bytes())
-    except ValueError as error:
-        raise TextError(f'{path} {error}') from None
-    try:
-        itos = table['itos']
+        itos = load_plain_pickle(path.read_bytes())['itos']
         tokens = [itos[i] for i in range(len(itos))]
         chars = ''.join(tokens)
+    except ValueError as error:
+        raise TextError(f'{path} {error}') from None
     except (LookupError, TypeError) as error:
         raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
     if any(len(token) != 1 for token in tokens):
@@ -220,7 +220,7 @@ class _SplitWriter:
     """A growing .bin file under a temporary name, and the facts about it that go into meta.json."""
 
     def __init__(self, path):
-        self.temp, self.hash = Path(f'{path}.tmp'), hashlib.sha256()
+        self.temp, self.hash = files.temporary_name(path), hashlib.sha256()
         self.n_tokens, self.n_bytes, self.max_id = 0, 0, 0
         self.file = open(self.temp, 'wb')
 
@@ -245,23 +245,33 @@ def write(path, tokenizer, chunks, source='', marks=None):
 
     chunks: an iterable of (split, ids, n_chars, n_bytes), with marks also mask, answer_bytes. source: the name of the
     text, as the user gave it. Returns (the contents of meta.json, n_chars of the whole text). UserError if a split
-    gets no token.
+    gets no token, or if another process is writing to the folder.
     """
     path.mkdir(parents=True, exist_ok=True)
-    temp_meta, n_chars, files = path / 'meta.json.tmp', 0, {}
+    try:
+        with files.alone_in(path) as locked:
+            for old in files.leftovers(path, FILES) if locked else ():  # of a prepare that was killed
+                old.unlink()
+            return _write(path, tokenizer, chunks, source, marks)
+    except BlockingIOError:
+        raise UserError(f'another process is preparing {path}; wait for it, or choose another --name=...') from None
+
+
+def _write(path, tokenizer, chunks, source, marks):
+    temp_meta, n_chars, writers = files.temporary_name(path / 'meta.json'), 0, {}
     try:
         for split in SPLITS:
-            files[f'{split}.bin'] = _SplitWriter(path / f'{split}.bin')
+            writers[f'{split}.bin'] = _SplitWriter(path / f'{split}.bin')
             if marks:
-                files[f'{split}.mask'] = _SplitWriter(path / f'{split}.mask')
+                writers[f'{split}.mask'] = _SplitWriter(path / f'{split}.mask')
         for split, ids, chars, n_bytes, *masked in chunks:
-            files[f'{split}.bin'].add(ids, n_bytes)
+            writers[f'{split}.bin'].add(ids, n_bytes)
             if masked:
-                files[f'{split}.mask'].add(*masked)
+                writers[f'{split}.mask'].add(*masked)
             n_chars += chars
         meta = {'format': 1, 'tokenizer': tokenizer.spec, 'vocab_size': tokenizer.vocab_size,
                 'dtype': 'uint16' if tokenizer.dtype == '<u2' else 'uint32', 'source': source,
-                'splits': {split: files[f'{split}.bin'].finish() for split in SPLITS}}
+                'splits': {split: writers[f'{split}.bin'].finish() for split in SPLITS}}
         if marks:
             meta['chat'] = marks
         for split, facts in meta['splits'].items():
@@ -270,7 +280,7 @@ def write(path, tokenizer, chunks, source='', marks=None):
                                 'give more text, or change --val_fraction')
             assert facts['max_id'] < tokenizer.vocab_size, (facts, tokenizer.vocab_size)
             if marks:
-                mask = files[f'{split}.mask'].finish()
+                mask = writers[f'{split}.mask'].finish()
                 facts.update(mask_sha256=mask['sha256'], answer_bytes=mask['n_bytes'])
         meta['sha256'] = digest(meta)
         with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
@@ -279,7 +289,7 @@ def write(path, tokenizer, chunks, source='', marks=None):
             os.fsync(file.fileno())
         unfinished = path / 'UNFINISHED'
         unfinished.touch()
-        for name, file in files.items():
+        for name, file in writers.items():
             os.replace(file.temp, path / name)
         if not marks:  # those of dialogues that were there before
             for split in SPLITS:
@@ -287,7 +297,7 @@ def write(path, tokenizer, chunks, source='', marks=None):
         os.replace(temp_meta, path / 'meta.json')
         unfinished.unlink()
     finally:
-        for file in files.values():
+        for file in writers.values():
             file.file.close()
             file.temp.unlink(missing_ok=True)
         temp_meta.unlink(missing_ok=True)

@@ -4,7 +4,7 @@ Each data/NAME/prepare.py calls `prepare` with what is special about its text. T
 (text, is_last), see lib/text/read_text.py, and goes from there to train and val, to chunks, to token ids, to files.
 """
 import ast
-import json
+import os
 import re
 import sys
 from itertools import chain
@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import REPO, UserError, configure, find_path
-from lib.text import advice, chunks, data_folder, dialogue, read_text
+from configurator import REPO, UserError, configure, find_path, reason
+from lib.text import advice, chunks, data_folder, dialogue, inputs, read_text
 from lib.text import tokenizer as tokenizers
+from lib.text.schema import parse_json
 
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
 # Text
@@ -84,7 +85,10 @@ def _spec_in(folder):
         if 'tokenizer' in state:
             return state['tokenizer']
     elif (folder / 'tokenizer_spec.json').exists():
-        return json.loads((folder / 'tokenizer_spec.json').read_text(encoding='utf-8'))
+        try:
+            return tokenizers.from_spec(parse_json((folder / 'tokenizer_spec.json').read_text(encoding='utf-8'))).spec
+        except ValueError as error:
+            raise UserError(f'{folder / "tokenizer_spec.json"} is damaged ({reason(error)})') from None
     elif (folder / 'train.bin').exists():
         return data_folder.tokenizer_spec(folder)
     raise UserError(f'tokenizer={folder}: no ckpt.pt, tokenizer_spec.json or prepared dataset with a tokenizer in it')
@@ -99,6 +103,8 @@ def _destination(settings, script, source_text):
     """
     folder, name, words = script.parent, settings['name'], settings['input'].splitlines()
     name_from_file = bool(words) and folder.name == 'text' and not name
+    if not os.access(folder if folder.exists() else folder.parent, os.W_OK):  # a shared installation, Kaggle
+        folder = Path('data').absolute() / folder.name  # where train.py looks first
     if name_from_file:
         name = re.sub(r'[^\w.-]', '_', Path(words[0].split('#')[0]).name.split('.')[0]) or '_'
     if name:
@@ -110,22 +116,6 @@ def _destination(settings, script, source_text):
         raise UserError(f'data/{name} holds {existing}; choose another name with --name=..., or replace it with '
                         f'--name={name}')
     return folder, name_from_file
-
-
-def _find_text(settings, folder, source, val_source, where):
-    """Return (paths, val_paths) of the text: from --input, else data/NAME/input.txt, else the script's source."""
-    words, val_words = settings['input'].splitlines(), settings['val_input'].splitlines()
-    by_hand = folder / 'input.txt'
-    if not words and by_hand.exists():
-        words = [str(by_hand)]
-    elif not words and source:
-        words = source(folder) if callable(source) else [source]
-        if val_source and not val_words:
-            val_words = [val_source]
-    elif not words:
-        hint = f'. {where}' if where else ''
-        raise UserError(f'no text to read; pass it with --input=PATH, or put it at {by_hand}{hint}')
-    return read_text.find('input', words, folder), read_text.find('val_input', val_words, folder)
 
 
 def _keys(setting):
@@ -168,17 +158,21 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
     folder, name_from_file = _destination(settings, script, source_text)
     old_meta, existing = data_folder.describe_existing(folder)
     by_source = not words and not (folder / 'input.txt').exists()
-    paths, val_paths = _find_text(settings, folder, source, val_source, where)
+    paths, val_paths = inputs.find_text(settings, folder, source, val_source, where)
     if name_from_file and not folder.name.strip('_.'):
         raise UserError(f'--input={words[0]} gives the dataset no name; choose one with --name=...')
-    keys = [key.strip() for key in settings['text_key'].split(',')]
+    keys, kind = [key.strip() for key in settings['text_key'].split(',')], settings['tokenizer']
+    if kind not in _KINDS:
+        kind = _spec_in(find_path(kind))['kind']
     dialogues, n_left_out = not rewrite and _has_dialogues(paths[0], settings), [0]
 
     def pieces(paths):
         if dialogues:
             return _dialogues(paths, settings, n_left_out)
         found = chain.from_iterable(read_text.read(path, settings['encoding'], keys, delimiter) for path in paths)
-        return read_text.document(rewrite(''.join(text for text, _ in found))) if rewrite else found
+        if rewrite:
+            return read_text.document(rewrite(''.join(text for text, _ in found)))
+        return read_text.heed_marks(found, kind)
 
     # first pass: the size of the text, and its tokenizer
     enough = 3 if val_paths else int(np.ceil(2 / settings['val_fraction']))  # at least two documents for validation

@@ -1,28 +1,21 @@
-"""From a file, folder, glob, URL or hub dataset to text.
+"""From a file or hub dataset to text; lib/text/inputs.py finds the files.
 
 Everything is read as a stream of pieces (text, is_last) of at most about CHUNK characters. is_last is True for the
 last piece of a document. So no text has to fit into memory.
 """
 import codecs
-import glob
-import gzip
-import json
-import os
-import time
-import urllib.error
-import urllib.request
-import zlib
-from http.client import HTTPException
+import re
 from itertools import chain
-from pathlib import Path
 
-from configurator import UserError, find_path
-from lib.text import advice
-from lib.text.tokenizer import TextError, encoded
+from configurator import UserError
+from lib.text import containers, json_records
+from lib.text.tokenizer import EOT, TextError, encoded
 
 CHUNK = 1 << 20  # characters per piece of a long text
+MOST_PACKED = 1000  # text is rarely packed into a hundredth of its size, and never into a thousandth
 _CONTROL = bytes({*range(32)} - {*b'\t\n\v\f\r\x1a\x1b'})  # bytes that text files almost never contain
-WAIT = 1.0  # seconds before the second attempt to download; doubled before the third
+# characters that most texts consist of
+_USUAL = re.compile('[\t\r\n -~\xa0-\u04ff\u2010-\u2040\u3000-\u303f\u3041-\u30ff\u4e00-\u9fff\uff00-\uff5e]')
 
 
 def encoding_problems(name):
@@ -43,6 +36,8 @@ def _encoding_advice(error, codec):
             return f'; its byte order mark says --encoding={name}'
     if error.reason in ('unexpected end of data', 'incomplete multibyte sequence', 'truncated data'):
         return ', where it ends within a character; is the file truncated?'
+    if name := _unmarked(data):
+        return f'; try --encoding={name}'
     n_controls = len(data) - len(data.translate(None, _CONTROL))
     if b'\0' in data or 100 * n_controls > len(data):
         return ' and does not look like text; leave it out, or convert it to plain text'
@@ -67,41 +62,81 @@ def _begins_with(data, codec):
 
 
 def chunks(path, codec):
-    """Yield the decoded text of a file, plain or gzip, without a byte order mark at its beginning.
+    """Yield the decoded text of a file; of an archive, all its texts one after the other. See decoded."""
+    for label, stream, kind in containers.parts(path):
+        yield from decoded(label, stream, codec, kind)
 
-    UserError names the first byte that does not decode as `codec`, and what to do.
+
+def decoded(label, stream, codec, kind=''):
+    """Yield the decoded text of a binary stream, without a byte order mark at its beginning.
+
+    UserError names the first byte that does not decode as `codec`, and what to do. kind: see containers.parts.
     """
     decoder, done = codecs.getincrementaldecoder(codec)(), 0
-    with open(path, 'rb') as raw:
-        packed = raw.read(2) == b'\x1f\x8b'
-        raw.seek(0)
-        file = gzip.open(raw) if packed else raw
-        while True:
-            try:
-                data = file.read(CHUNK)
-                done += len(data)
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                at = done - len(error.object) + error.start
-                raise UserError(f'{path} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x})'
-                                f'{_encoding_advice(error, codec)}') from None
-            except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-                raise UserError(f'{path} is a damaged gzip file: {error}') from None
-            if done == len(data):
-                text = text.removeprefix('\ufeff')
-            if text:
-                yield text
-            if not data:
-                return
+    while True:
+        try:
+            data = stream.read(CHUNK)
+            if not done:
+                _check_codec(label, data, codec)
+            done += len(data)
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            at = done - len(error.object) + error.start
+            raise UserError(f'{label} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x})'
+                            f'{_encoding_advice(error, codec)}') from None
+        except containers.DAMAGE as error:
+            if not kind:
+                raise
+            raise UserError(f'{label} is a damaged {kind} file: {error}') from None
+        if '\0' in text:
+            name = _unmarked(data)
+            raise UserError(f'{label} holds NUL, which no text does; '
+                            f'{f"try --encoding={name}" if name else "leave it out, or convert it to plain text"}')
+        if done == len(data):
+            text = text.removeprefix('\ufeff')
+        if text:
+            yield text
+        if not data:
+            return
+
+
+def _unmarked(data):
+    """Return the name of the two- or four-byte encoding that `data` is in without a byte order mark, '' if in none."""
+    data = data[:4096]
+    for name, size in (('utf-32-le', 4), ('utf-32-be', 4), ('utf-16-le', 2), ('utf-16-be', 2)):
+        text = data[:len(data) // size * size].decode(name, 'replace')
+        if text and len(_USUAL.findall(text)) > 0.9 * len(text):
+            return name
+    return ''
+
+
+def _check_codec(label, data, codec):
+    """Raise UserError if the beginning of a file is UTF-8 and another encoding was asked for, which would garble it."""
+    name = codecs.lookup(codec).name
+    if name.startswith('utf-8') or not data:
+        return
+    try:
+        text = codecs.getincrementaldecoder('utf-8')().decode(data)
+    except UnicodeDecodeError:
+        return
+    if name.startswith(('utf-16', 'utf-32')) and '\0' not in text or sum(not char.isascii() for char in text) > 10:
+        raise UserError(f'{label} is UTF-8, not {codec.upper()}; leave --encoding out')
 
 
 def _split_at(separator, stream):
     """Yield the parts between separators of a text that comes in chunks; a separator may cross two chunks."""
-    rest = ''
+    before, overlap = [], len(separator) - 1
     for chunk in stream:
-        *complete, rest = (rest + chunk).split(separator)
-        yield from complete
-    if rest:
+        hold = before.pop() if before else ''
+        *complete, rest = (hold[len(hold) - overlap:] + chunk if overlap else chunk).split(separator)
+        hold = hold[:len(hold) - overlap] if overlap else hold
+        if not complete:
+            before += [hold, rest]
+            continue
+        yield ''.join([*before, hold, complete[0]])
+        yield from complete[1:]
+        before = [rest]
+    if rest := ''.join(before):
         yield rest
 
 
@@ -136,31 +171,17 @@ def _text_of(keys):
     return extract
 
 
-def _json_lines(path, codec, extract):
-    for number, line in enumerate(_split_at('\n', chunks(path, codec)), 1):
-        if not line.strip():
-            continue
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise UserError(f'{path}:{number}: expected one JSON object per line, found {type(record).__name__}')
-        except json.JSONDecodeError as error:
-            raise UserError(f'{path}:{number}: not JSON ({error.msg}); expected one object per line') from None
-        yield from extract(record, f'{path}:{number}')
-
-
-def _is_json_lines(path, codec):
-    """True if the first line is a JSON object. UserError if the file is named JSON but is not one object per line."""
-    start = next(chunks(path, codec), '').lstrip()
-    if start.startswith('{'):
-        line = next((line for line in _split_at('\n', chunks(path, codec)) if line.strip()), '')
-        try:
-            return isinstance(json.loads(line), dict)
-        except json.JSONDecodeError:
-            pass
-    if '.json' in Path(path).suffixes and start[:1] in ('{', '['):
-        raise UserError(f"{path} is JSON, but not one object per line; convert it, for example: jq -c '.[]' FILE")
-    return False
+def _texts(label, stream, keys, delimiter, extract):
+    """Yield the pieces of one decoded text: of its records if it is JSON, else of its documents."""
+    start, stream = json_records.beginning(stream)
+    if records := json_records.read(label, start, stream):
+        for place, record in records:
+            yield from extract(record, place)
+    elif delimiter:
+        for part in _split_at(delimiter, stream):
+            yield from document(part.strip())
+    else:
+        yield from _one_document(stream)
 
 
 def _parquet(path, keys, extract):
@@ -175,11 +196,22 @@ def _parquet(path, keys, extract):
             have = [key for key in keys if key in columns] if keys else columns
             if not have:
                 extract(dict.fromkeys(columns), path)  # raises an error that lists the columns
-            for batch in file.iter_batches(batch_size=1024, columns=have):
-                for record in batch.to_pylist():
-                    yield from extract(record, path)
-    except pyarrow.ArrowException as error:
-        raise UserError(f'{path} is a damaged parquet file: {str(error).splitlines()[0]}') from None
+            for group in range(file.num_row_groups):
+                _check_group(path, file.metadata.row_group(group))
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=have):
+                    for record in batch.to_pylist():
+                        yield from extract(record, path)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError, OverflowError) as error:
+        raise UserError(f'{path} is a damaged parquet file: {(str(error).splitlines() or [""])[0]}') from None
+
+
+def _check_group(path, group):
+    """Raise UserError if a row group of a parquet file claims more than its bytes can hold, or than memory should."""
+    packed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+    if group.total_byte_size > max(MOST_PACKED * packed, 1 << 24) or group.total_byte_size > 1 << 33 or (
+            group.num_rows > max(MOST_PACKED * packed, 1 << 24)):
+        raise UserError(f'{path}: a row group of {packed:,} bytes claims {group.num_rows:,} rows and '
+                        f'{group.total_byte_size:,} bytes; it is damaged, or made to fill the memory')
 
 
 def _hub(address, extract):
@@ -219,13 +251,8 @@ def read(path, codec, keys, delimiter='', extract=None):
     with open(path, 'rb') as file:
         if file.read(4) == b'PAR1':
             return _parquet(path, keys, extract)
-    if what := advice.not_text(path):
-        raise UserError(f'{path} is {what}, not text; save its text as a plain file in UTF-8')
-    if _is_json_lines(path, codec):
-        return _json_lines(path, codec, extract)
-    if delimiter:
-        return chain.from_iterable(document(part.strip()) for part in _split_at(delimiter, chunks(path, codec)))
-    return _one_document(chunks(path, codec))
+    return chain.from_iterable(_texts(label, decoded(label, stream, codec, kind), keys, delimiter, extract)
+                               for label, stream, kind in containers.parts(path))
 
 
 def _one_document(stream):
@@ -239,68 +266,34 @@ def _one_document(stream):
         yield previous, True
 
 
-def find(flag, words, folder):
-    """Return the files that `words` name, in order: folders with everything in them, globs expanded, URLs downloaded.
+def heed_marks(pieces, kind):
+    """Yield pieces divided at end-of-text marks, which is how GPT-2's corpora are passed around.
 
-    words: the values of the setting `flag`. A download goes to `folder`/input.txt. UserError if a word names nothing.
+    kind: of the tokenizer. Where it has no such mark, the text is unchanged and a line on stderr says so.
     """
-    paths = []
-    for word in words:
-        if word.startswith('hub:'):
-            paths.append(word)
-        elif '://' in word:
-            paths.append(download(word, folder / 'input.txt'))
-        else:
-            path = find_path(word)
-            if path.is_dir():
-                inside = sorted(path.rglob('*'), key=lambda p: p.as_posix())
-                found = [p for p in inside if p.is_file() and not any(
-                    part.startswith('.') for part in p.relative_to(path).parts)]
-            else:
-                found = [path] if path.is_file() else sorted(
-                    p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file())
-            if path.is_dir() and (others := advice.unreadable(path, found)):
-                raise UserError(f'--{flag}={word}: {others}')
-            if not found:
-                reason = 'no such file or folder'
-                if path.is_dir():
-                    reason = 'no files in it'
-                elif glob.has_magic(str(path)):
-                    reason = 'the pattern matches no file'
-                raise UserError(f'--{flag}={word}: {reason}')
-            paths += found
-    return paths
+    if kind in ('gpt2', 'bpe'):
+        yield from divide_at(EOT, pieces)
+        return
+    for text, is_last in pieces:
+        if EOT in text:
+            containers.note(f'the text holds {EOT}, which the {kind} tokenizer reads as {len(EOT)} characters; with '
+                            '--tokenizer=gpt2 or bpe it is the end of a document')
+        yield text, is_last
 
 
-def download(url, path, tries=3):
-    """Download `url` to `path` in at most `tries` attempts and return `path`; UserError if it fails, with no file left.
-    """
-    temp = Path(f'{path}.tmp')
-    temp.parent.mkdir(parents=True, exist_ok=True)
-    for wait in (WAIT, 2 * WAIT, 0)[-tries:]:
-        try:
-            request = urllib.request.Request(url, headers={'User-Agent': 'minuteGPT'})
-            with urllib.request.urlopen(request, timeout=30) as reply, open(temp, 'wb') as file:
-                size = 0
-                while data := reply.read(CHUNK):
-                    if not size and data.lstrip()[:15].lower().startswith((b'<!doctype html', b'<html')):
-                        raise HTTPException('a web page instead of the text')
-                    size += file.write(data)
-                expected = int(reply.headers.get('Content-Length') or size)
-                if not 0 < size == expected:
-                    raise HTTPException(f'{size:,} of {expected:,} bytes')
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temp, path)
-            return path
-        except urllib.error.HTTPError as error:
-            reason = f'{error.code} {error.reason}'
-            if error.code < 500:  # 404 and similar errors will not change
-                break
-        except (OSError, HTTPException) as error:
-            reason = str(error)
-        finally:
-            temp.unlink(missing_ok=True)
-        time.sleep(wait)
-    raise UserError(f'download failed: {reason} from {url}; put the text at {path.parent / "input.txt"}, or pass '
-                    'a copy with --input=PATH; python data/python_char/prepare.py needs no download')
+def divide_at(mark, pieces):
+    """Yield pieces with documents divided at each `mark` in them, which is left out; it may cross two pieces."""
+    hold, is_open = '', False
+    for text, is_last in pieces:
+        *complete, rest = (hold + text).split(mark)
+        for part in complete:
+            if part:
+                yield from document(part)
+            elif is_open:
+                yield '', True
+            is_open = False
+        keep = 0 if is_last else min(len(rest), len(mark) - 1)
+        sure, hold = rest[:len(rest) - keep], rest[len(rest) - keep:]
+        if sure or is_open and is_last:
+            yield sure, is_last
+            is_open = not is_last

@@ -9,7 +9,7 @@ import sys
 from dataclasses import dataclass
 
 from configurator import UserError
-from lib.text.read_text import download
+from lib.text.download import download
 
 # The repository of the WHY42 tutorial, whose prepare.py scripts read a text next to them
 TUTORIAL = [f'https://raw.githubusercontent.com/drriguz/nanoGPT/{branch}/data/NAME/input.txt'

@@ -9,6 +9,9 @@ from tqdm import tqdm
 
 from lib.machine import console, files
 
+NUMBERS = {'loss', 'lr', 'grad_norm', 'tok_s', 'mfu', 'minutes', 'tokens', 'train_loss', 'val_loss', 'train_bpb',
+           'val_bpb', 'whole_train_loss', 'whole_val_loss', 'whole_val_bpb'}  # names in log.jsonl
+
 
 def say(line):
     """Print a line to stdout, above the progress bar; to stderr if stdout is lost."""
@@ -94,10 +97,12 @@ def tokens_line(tokens_per_iter, train_tokens, max_iters):
     return f'tokens per iteration: {tokens_per_iter:,} ({epoch:,.0f} iterations per epoch{epochs})'
 
 
-def banner(rt, settings, data, model, sequences, max_iters):
+def banner(rt, settings, data, model, sequences, max_iters, resumed):
     """Return the lines printed before training. sequences: per update. max_iters: 0 if a time limit ends the run."""
-    block_size, warmup = settings['block_size'], settings['context_warmup']
-    lines = [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
+    block_size, warmup, lines = settings['block_size'], settings['context_warmup'], []
+    if settings['init_from'] == 'auto' and not resumed:
+        lines.append(f'no checkpoint in {settings["out_dir"]}/: starting from scratch')
+    lines += [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
              f'recipe: {recipe(settings, sys.argv[1:])}; {architecture(model.config)}',
              f'number of parameters: {model.get_num_params() / 1e6:.2f}M',
              *([data.train.describe(block_size)] if data.marks else []),
@@ -125,11 +130,18 @@ def read_log(path):
         for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict):
+            if isinstance(record, dict) and all(_valid(name, value) for name, value in record.items()):
                 records.append(record)
     return records
+
+
+def _valid(name, value):
+    """Return whether a value of log.jsonl is of the kind that this program writes: a finite number or null."""
+    if name in ('iter', 'step'):
+        return type(value) is int and 0 <= value < 2**53
+    return name not in NUMBERS or value is None or type(value) in (int, float) and abs(value) < 1e300
 
 
 def trim_log(path, iter_num, evaluated):

@@ -113,9 +113,12 @@ def probe(step, rt, model, opt):
     return seconds, peak + state
 
 
-def announce(step, settings, data, model, opt, rt, updates_done, say, warn):
-    """Time a training micro-step with `probe` and print what the run will take; warn if that is hours."""
-    seconds, n_bytes = probe(step, rt, model, opt)
+def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn):
+    """Time a training micro-step on `batch` with `probe` and print what the run will take; warn if that is hours.
+
+    net: the compiled form of `model`, or `model`.
+    """
+    seconds, n_bytes = probe(lambda: net(*batch)[1].backward(), rt, model, opt)
     job = plan.job_from(settings, model.config, rt.dtype, data, rt.world_size)
     minutes, line = plan.one_line(job, seconds * job.micro_steps / rt.world_size, n_bytes, updates_done)
     say(line)
