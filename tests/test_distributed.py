@@ -52,7 +52,15 @@ CHUNKED_LOSS = """
 import kernels
 kernels.CHUNK = 40  # two tokens of 16 logits at a time
 """
-AT_BATCH = """
+IN_THE_LOOP = """
+from lib.training import guard
+begin = guard.Guard.__init__
+def begin_loop(*args):
+    calls.clear()  # what was counted before, to compile and to time the model
+    begin(*args)
+guard.Guard.__init__ = begin_loop
+"""
+AT_BATCH = IN_THE_LOOP + """
 import os, signal
 from lib.text import dataset
 import torch
@@ -254,7 +262,7 @@ def test_more_ranks_than_gpus_are_refused(environ, monkeypatch):
 
 @BOTH
 def test_nan_on_one_rank_stops_all_at_the_same_update_and_names_it(workdir, parallel):  # fault 39
-    poison = """
+    poison = IN_THE_LOOP + """
 import model
 real, calls = model.GPT.forward, []
 def forward(self, idx, targets=None, cache=None, return_logits=False):
@@ -345,9 +353,9 @@ def test_settings_that_fsdp_does_not_support_are_refused(run, workdir, flags, pr
 
 # What the ranks exchange
 
-COUNT = """
+COUNT = IN_THE_LOOP + """
 import json, torch, torch.distributed as dist
-counts = {}
+calls = counts = {}
 def count(module, name):
     real = getattr(module, name)
     def counted(*args, **kwargs):
