@@ -9,7 +9,6 @@ from tqdm import tqdm
 
 from lib.machine import console, files
 
-
 NUMBERS = {'loss', 'lr', 'grad_norm', 'tok_s', 'mfu', 'minutes', 'tokens', 'train_loss', 'val_loss', 'train_bpb',
            'val_bpb', 'whole_train_loss', 'whole_val_loss', 'whole_val_bpb'}  # names in log.jsonl
 

@@ -117,8 +117,8 @@ def _memory_problem(s):
     needed = 4 * n_params + 20_000 * s['n_layer']  # bytes; the second part is for Python's objects
     if needed < memory:
         return ''
-    return (f'n_layer={s["n_layer"]}, n_embd={s["n_embd"]} and block_size={s["block_size"]} make {n_params:,} parameters '
-            f'or more: {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory')
+    return (f'n_layer={s["n_layer"]}, n_embd={s["n_embd"]} and block_size={s["block_size"]} make {n_params:,} '
+            f'weights or more: {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory')
 
 
 def check_values(s):
