@@ -43,15 +43,12 @@ class Origin(NamedTuple):
 
 
 class Settings(dict):
-    """{name: value}, with the `origins` of the values and the `errors` found while reading them.
-
-    understood: False if a config file or a word could not be read, so that the values are not what the user meant.
-    """
+    """{name: value}, with the `origins` of the values and the `errors` found while reading them."""
 
     def __init__(self, values):
         super().__init__(values)
         self.origins = dict.fromkeys(values, Origin())
-        self.errors, self.understood = [], True
+        self.errors, self.understood = [], True  # False: the values are not what the user meant
 
     def put(self, name, value, kind, place):
         self[name], self.origins[name] = value, Origin(kind, str(place))
@@ -74,10 +71,9 @@ class Settings(dict):
 
 
 class _ConfigScope(dict):
-    """The local scope of a config file. It records the line of each assignment and leaves flags unchanged.
+    """The local scope of a config file: records the line of each assignment and leaves flags unchanged.
 
-    `module` holds the file's globals, so that functions and comprehensions see the same names.
-    """
+    `module`: the file's globals, so that comprehensions see the same names."""
 
     def __init__(self, module, flags):
         super().__init__()
@@ -232,17 +228,12 @@ def describe(source, values, doc=''):
     return '\n'.join(lines)
 
 
-def stop(errors):
-    """End the program with exit status 2, printing a user's mistakes on stderr, one per line."""
+def stop(errors):  # one line per mistake, exit status 2
     print('\n'.join(f'error: {error}' for error in errors), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
 
-def _print_exception(kind, error, trace):
-    """Print a line when memory runs out, and one word on Ctrl-C, instead of a traceback.
-
-    After Ctrl-C Python ends with status 130, which shells expect.
-    """
+def _print_exception(kind, error, trace):  # Python then ends with status 130, which shells expect
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
     elif issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):

@@ -19,19 +19,19 @@ from configurator import UserError, configure
 from lib.machine.files import atomic_write
 from lib.text import dialogue
 from lib.weights.load_model import load_model
+from model import NANOGPT_ARGS
 
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
 to = ''  # folder to write; '' = OUT_DIR/hf
 
-EXPRESSIBLE = {'pos': ('learned',), 'norm': ('layernorm',), 'mlp': ('gelu', 'gelu_tanh'), 'qk_norm': (False,),
-               'tie_weights': (True,), 'softcap': (0.0,), 'smear': (False,)}  # what transformers' GPT-2 class has
+EXPRESSIBLE = {'mlp': ('gelu_tanh',)}  # options beside the default ones that transformers' GPT-2 class has
 
 
 def hf_config(config, tok):
     """Return the content of config.json for a GPTConfig; UserError names the options that transformers' GPT-2 lacks."""
-    lacking = [f'{name}={getattr(config, name)}' for name, values in EXPRESSIBLE.items()
-               if getattr(config, name) not in values]
+    lacking = [f'{name}={value}' for name, value in config.model_args().items()  # options that are not the default
+               if name not in NANOGPT_ARGS and value not in EXPRESSIBLE.get(name, ())]
     if lacking:
         raise UserError(f"{', '.join(lacking)}: transformers' GPT-2 class does not have this, so the model cannot be "
                         'exported; train one with config/gpt2_classic.py after your config, which can')

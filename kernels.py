@@ -58,9 +58,9 @@ class CastTogetherFunction(torch.autograd.Function):
 
 
 def cast_weights(layers, dtype):
-    """Set layer.cast = layer.weight.to(dtype) for each of `layers`; do nothing where it does not pay.
+    """Set layer.cast = layer.weight.to(dtype) for each of `layers`, on a CPU and if the model is small; else nothing.
 
-    For small models on a CPU, where casting each weight by itself takes longer than its share of the memory traffic.
+    In a small model the overhead of one cast per weight costs more than the cast.
     """
     weights = [layer.weight for layer in layers]
     small = weights and weights[0].dtype != dtype and sum(w.numel() for w in weights) <= 2**24
@@ -271,7 +271,7 @@ def linear_cross_entropy(x, weight, targets, cap=0.0):
     device; not under torch.compile, whose kernels keep fewer copies of the logits, and not in float16, whose
     gradients have to be scaled from the start.
     """
-    n_rows = max(1, CHUNK // len(weight))
+    n_rows = max(1, (8 * CHUNK if x.is_cuda else CHUNK) // len(weight))  # small chunks would keep a GPU waiting
     if len(x) <= n_rows or not ENABLED or torch.compiler.is_compiling() or x.dtype == torch.float16:
         return cross_entropy(softcap(linear(x, weight.to(x.dtype)), cap), targets)
     weight = weight if torch.is_grad_enabled() else weight.detach()

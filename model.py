@@ -131,14 +131,12 @@ class Linear(nn.Linear):
         if x.dtype == self.weight.dtype == dtype:  # skip no-op casts: they are 5% of a small model's time per token
             return kernels.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        weight = self.weight.to(dtype) if self.cast is None else self.cast
-        self.cast = None
+        weight = self.weight.to(dtype) if self.cast is None else self.__dict__.pop('cast')  # it serves once
         return kernels.linear(x.to(dtype), weight, bias)
 
 
 class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        pass  # GPT._init_weights does it
+    reset_parameters = Linear.reset_parameters  # GPT._init_weights does it
 
 
 class Dropout(nn.Dropout):

@@ -46,7 +46,7 @@ def check(s):
             errors.append(error.message)
     if not s.given('lr_decay_iters'):
         s['lr_decay_iters'] = s['max_iters']
-    here = {} if s['on'] == 'here' else {'device': 'cpu', 'dtype': 'float32'}  # what is checked is not the card
+    here = {} if s['on'] == 'here' else {'device': 'cpu', 'dtype': 'float32'}  # the checks are about this machine
     checked = resolve(dict(s), [])
     checked.origins = s.origins
     checked.update(here)
@@ -67,17 +67,6 @@ def card_dtype(s, card):
     old = card.startswith(('T4', 'V100', 'RTX 20'))  # compute capability 7: no bfloat16
     name = 'float32' if half == full else 'float16' if old else 'bfloat16'
     return devices.DTYPES[s['dtype'] if s.given('dtype') else name]
-
-
-def free_memory(device):
-    """Return the bytes that training can use on this machine's device; 0 if the system does not report them."""
-    if device.type == 'cuda':
-        return torch.cuda.mem_get_info(device)[1]
-    try:
-        lines = Path('/proc/meminfo').read_text(encoding='utf-8').splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
-    except (OSError, StopIteration):
-        return 0
 
 
 def show(title, *lines):
@@ -185,9 +174,9 @@ def main():
         device_type, capacity = 'cuda', 1e9 * (s['memory'] or cards.MEMORY_GB[card])
         print(f'{job.gpus} x {card}, {plan.size(capacity)}, {str(job.dtype).removeprefix("torch.")}\n')
     else:
-        rt = runtime.start(s, compile_pays=True)
+        rt = runtime.start(s, trains=True)
         job = plan.job_from(s, config, rt.dtype, data, s['gpus'])
-        device_type, capacity = rt.device.type, 1e9 * s['memory'] or free_memory(rt.device)
+        device_type, capacity = rt.device.type, 1e9 * s['memory'] or devices.free_memory(rt.device)
         print(f'this machine: {rt.description}\n')
     show_size(job)
     show_memory(job, device_type, capacity, bool(gpt2.find(s['init_from'])))

@@ -5,8 +5,7 @@
     python sample.py --temperature=0 --num_samples=1                    the most likely continuation
     python sample.py --out_dir=out-dialogue --chat                      a conversation, with a model of dialogues
 
-Python config files and --key=value flags override the settings below; flags win. The rules for choosing a token are
-in lib/generate.py.
+Config files and --key=value flags override the settings below. lib/generate.py has the rules for choosing a token.
 """
 import sys
 
@@ -18,6 +17,7 @@ from lib.generate import generate_text
 from lib.machine import console, runtime
 from lib.machine import device as devices
 from lib.text.prompt import encode_prompt, fit_to_vocabulary, read_prompt, typed
+from lib.weights import int8
 from lib.weights.load_model import load_model
 
 # model
@@ -44,7 +44,7 @@ seed = 1337  # the same seed gives the same samples, whatever their number
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
-dtype = 'auto'  # of weights and arithmetic: float32 | bfloat16 | float16; what the device does fast unless given
+dtype = 'auto'  # of weights and arithmetic: float32 | bfloat16 | float16 | int8 (CPU); what is fast unless given
 compile = False  # torch.compile: takes a minute or more to start, for long runs only
 
 
@@ -52,21 +52,21 @@ def check(s):
     """Return a list of errors in the Settings `s`."""
     valid = {
         'num_samples': (s['num_samples'] >= 1, 'at least 1'),
-        'max_new_tokens': (s['max_new_tokens'] >= 0, '0 or more'),
         'temperature': (0 <= s['temperature'] < float('inf'), '0 (the most likely token) or more'),
         'top_k': (s['top_k'] >= 0, '0 (off) or more'),
         'top_p': (0 < s['top_p'] <= 1, 'above 0 and at most 1 (off)'),
         'min_p': (0 <= s['min_p'] <= 1, '0 (off) to 1'),
-        'no_repeat_ngram': (s['no_repeat_ngram'] >= 0, '0 (off) or more'),
         'repetition_penalty': (0 < s['repetition_penalty'] < float('inf'), 'above 0; 1 is off'),
-        'seed': (s['seed'] >= 0, '0 or more'),
-        'dtype': (s['dtype'] in ('auto', *devices.DTYPES), f'one of {", ".join(devices.DTYPES)}'),
+        **{name: (s[name] >= 0, '0 or more') for name in ('max_new_tokens', 'no_repeat_ngram', 'seed')},
+        'dtype': (s['dtype'] in ('auto', 'int8', *devices.DTYPES), f'one of {", ".join(devices.DTYPES)}, int8'),
     }
     errors = [f'{name} must be {wanted}, got {s[name]}' for name, (fine, wanted) in valid.items() if not fine]
     if s['start'].startswith('FILE:') and not find_path(s['start'][5:]).exists():
         errors.append(f'start={s["start"]}: there is no such file')
     if problem := devices.device_problem(s['device']):
         errors.append(problem)
+    elif s['dtype'] == 'int8' and s['device'] != 'cpu':
+        errors.append(f'dtype=int8 is for CPUs, got device={s["device"]}; use bfloat16, or --device=cpu')
     return errors
 
 
@@ -92,6 +92,8 @@ def main(argv=None):
     rt = runtime.start(settings)
     model, tok, state = load_model(init_from, out_dir, rt.dtype)
     model = model.to(rt.device, rt.dtype)
+    if dtype == 'int8':
+        int8.quantize_model(model)
     if compile:
         model = torch.compile(model)
     prompt = read_prompt(start)
@@ -106,7 +108,7 @@ def main(argv=None):
         if settings.given('start'):
             print_answer(conversation, prompt, live)
         else:
-            talk(conversation, live)
+            talk(conversation, live, lambda text: fit_to_vocabulary(text, '', tok, fold)[0])
         return
     pieces = generate_text(model, tok, encode_prompt(prompt, tok), num_samples, max_new_tokens, stop=stop_text,
                            live=live, **rules)

@@ -5,10 +5,11 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --help                                              every setting
 
-Python config files and --key=value flags override the settings below; flags win. Ctrl-C saves and prints how to
-resume. The model is in model.py; with these two files open you see one complete training step.
+Config files and --key=value flags override the settings below. Ctrl-C saves and prints how to resume. With this file
+and model.py open you see one complete training step.
 """
 import math
+import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, fields
@@ -16,11 +17,12 @@ from dataclasses import dataclass, field, fields
 import torch
 
 from lib.generate import sample_text
+from lib.machine import compiler, distributed, runtime
 from lib.machine import device as devices
-from lib.machine import distributed, runtime
+from lib.machine.signals import Signals
 from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
-from lib.training import curves, log, plan, preflight, trial
+from lib.training import curves, log, preflight, trial
 from lib.training.guard import Guard
 from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
@@ -95,7 +97,7 @@ compile = True  # torch.compile; where it pays unless given
 backend = 'nccl'  # torch.distributed backend; nccl on CUDA and gloo on CPU unless given
 parallel = 'ddp'  # ddp | fsdp (shards a model that does not fit one GPU)
 dist_timeout = 600.0  # seconds without progress after which a run on several ranks ends
-peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured
+peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured on a GPU, no MFU on a CPU
 seed = 1337  # for weights, data order and dropout
 
 
@@ -186,7 +188,7 @@ def evaluate(compiled_model, raw_model, rt, data, p, guard, last, say):
     bpb = data.val.bits_per_byte(losses[1])
     record = {'step': p.iter_num, 'train_loss': losses[0], 'val_loss': losses[1], 'val_bpb': bpb,
               'train_bpb': data.train.bits_per_byte(losses[0]),
-              'tokens': p.tokens_seen, 'minutes': p.minutes}
+              'tokens': p.tokens_seen, 'minutes': p.minutes, 'val_data': data.val.sha256[:12]}
     if last:
         say('the last evaluation reads the whole validation split')
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
@@ -211,7 +213,7 @@ def build_model(settings, data, resumed):
     return model
 
 
-def restore(resumed, settings, data, opt, scaler, say):
+def restore(resumed, settings, data, opt, scaler, by_clock, say):
     """Return the Progress of a checkpoint, with the optimizer and the scaler as they were; print what differs."""
     path, state = resumed
     p = Progress(**{f.name: state[f.name] for f in fields(Progress) if f.name in state})
@@ -224,18 +226,19 @@ def restore(resumed, settings, data, opt, scaler, say):
         load_optimizer_state(opt, state['optimizer'], path)
         if state.get('scaler'):
             scaler.load_state_dict(state['scaler'])
+        before = state['optimizer']['param_groups'][-1].get('lr', 0.0)
+        now = learning_rate * get_lr_scale(p.iter_num, run_fraction(p.iter_num, p.minutes, by_clock), by_clock)
+        say(f'learning rate: {before:.3g} in the last update, {now:.3g} in the next')
     return p
 
 
-def main():
+def main(signals):
     settings, data, resumed = preflight.open_run(globals())  # checks everything before anything is built
-    rt = runtime.start(settings, compile_pays=True)
+    rt = runtime.start(settings, trains=True)
     say, warn = (log.say, log.warn) if rt.is_master else (log.ignore, log.ignore)
     rt.assert_same_on_all_ranks('the dataset', data.fingerprint())
     rt.assert_same_on_all_ranks(f'the checkpoint in {out_dir}', resumed and (str(resumed[0]), resumed[1]['iter_num']))
     lock = checkpoint.lock_out_dir(out_dir) if rt.is_master and not eval_only else None
-    if init_from == 'auto' and not resumed:
-        say(f'no checkpoint in {out_dir}/: starting from scratch')
 
     raw_model = build_model(settings, data, resumed)
     raw_model.set_compute_dtype(rt.dtype)  # weights stay float32
@@ -247,17 +250,20 @@ def main():
     by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
     micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
     sequences = micro_steps * batch_size  # per update
-    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters):
+    for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters, resumed):
         say(line)
     if rt.is_master and not eval_only and not resumed and (old := checkpoint.archive_old_run(out_dir)):
         say(f'{out_dir} held an earlier run; its files are now in {old}')
-    p = restore(resumed, settings, data, opt, scaler, say) if resumed else Progress()
+    p = restore(resumed, settings, data, opt, scaler, by_clock, say) if resumed else Progress()
 
-    def try_step(compiled):
-        starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
-        compiled(*rt.to_device(*data.train.batch(starts, block_size)))[1].backward()
-
-    compiled_model = runtime.compile_or_fall_back(raw_model, rt, settings.given('compile'), try_step)
+    # one batch of every shape that training uses, to compile and to time the model
+    starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
+    contexts = [block_size // 4, block_size // 2, block_size] if context_warmup else [block_size]
+    batches = [rt.to_device(*data.train.batch(starts, context)) for context in contexts]
+    steps_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
+    compiled_model = compiler.compile_or_fall_back(
+        raw_model, rt, settings.given('compile'), compiler.step_in_all_shapes(raw_model, batches),
+        lambda step_seconds: min(step_seconds * steps_left, 60 * max_minutes or math.inf))
     model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
@@ -265,12 +271,7 @@ def main():
         distributed.finish()
         return
 
-    seconds, n_bytes = trial.probe(lambda: try_step(compiled_model), rt, raw_model, opt)  # two micro-steps, undone
-    job = plan.job_from(settings, raw_model.config, rt.dtype, data, rt.world_size)
-    minutes, line = plan.one_line(job, seconds * micro_steps / rt.world_size, n_bytes, p.iter_num)
-    say(line)
-    if warning := plan.long_run_warning(minutes):
-        warn(warning)
+    trial.announce(compiled_model, batches[-1], settings, data, raw_model, opt, rt, p.iter_num, say, warn)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):
         warn(f'{resumed[0]} has no random state for this many processes on this device: resuming is not exact')
@@ -291,8 +292,7 @@ def main():
     def write_log(kind, line, record):
         say(line)
         if rt.is_master:
-            data_id = {'val_data': data.val.sha256[:12]} if kind == 'eval' else {}  # plot.py compares runs
-            log.append_log(f'{out_dir}/log.jsonl', {**record, **data_id})
+            log.append_log(f'{out_dir}/log.jsonl', record)
             track({f'{kind}/{key}': value for key, value in record.items()}, p.iter_num)
 
     def save(as_best, must):
@@ -306,7 +306,7 @@ def main():
         if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, must=must, say=say, warn=warn):
             guard.saved_iter = p.iter_num
 
-    with runtime.Signals() as signals:
+    with signals.held():
         while True:
             # every rank follows the same clock and the same signal
             p.minutes, signal = rt.all_reduce_max(minutes_now(), signals.level)
@@ -320,7 +320,8 @@ def main():
 
             # once in a while: evaluate, sample, save
             due = p.iter_num % eval_interval == 0 or (by_clock and len(p.history) <= int(8 * fraction))
-            if (due or last) and not evaluated:
+            ending = signal > 1  # without an evaluation, which may take longer than a scheduler waits
+            if (due or last) and not evaluated and not ending:
                 line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
                 if tok and (len(p.history) % sample_interval == 0 or last):
                     record['sample'] = sample_text(raw_model, tok, data, len(p.history), seed, warn)
@@ -332,14 +333,14 @@ def main():
                          f'{curves.best_step(p.history)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
                 save(as_best=better or always_save_checkpoint, must=last)
-            if last:
+            if last and (evaluated or not ending):
                 break
             if signal:
                 if untrained and len(p.history) < 2:  # ckpt.pt holds the untrained model: let this save replace it
                     p.best_val_loss = math.inf
-                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, must=signal > 1)
+                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, must=ending)
                 say(f'{signals.name(signal)}: saved iter {p.iter_num} to {out_dir}')
-                if signal > 1:
+                if ending:
                     say('to resume, give the same command with --init_from=resume')
                     status = 128 + signals.number(signal)
                     break
@@ -381,7 +382,8 @@ def main():
             if logged:
                 loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
                 left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
-                mfu = None if lora_rank else raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context)
+                mfu = (None if lora_rank or not peak_flops else
+                       raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context))
                 record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,
                           'grad_norm': float(grad_norm), 'tokens': p.tokens_seen, 'minutes': minutes_now()}
                 write_log('train', log.iter_line(record, elapsed / updates, left), record)
@@ -395,10 +397,9 @@ def main():
     finish_trackers()
     distributed.finish()
     del lock  # held until here
-    if status:
-        raise SystemExit(status)
+    sys.exit(status)
 
 
 if __name__ == '__main__':
-    with distributed.report_fatal_errors():
-        main()
+    with distributed.report_fatal_errors(), Signals() as caught:
+        main(caught)

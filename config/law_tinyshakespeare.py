@@ -1,24 +1,24 @@
-"""A scaling law of your own on tiny Shakespeare's characters, by sweep.py: three numbers of FLOPs, five sizes.
+"""A scaling law measured on tiny Shakespeare's characters with sweep.py: three numbers of FLOPs, five sizes.
 
     python data/shakespeare_char/prepare.py
     python sweep.py config/law_tinyshakespeare.py --n_embd=32,48,64,96,128 --flops=2e12,6e12,1.8e13 --law --jobs=2
 
---flops sets max_iters of each run, so that all sizes compute equally long. Together they are 1.3e14 FLOPs: less than 45
-minutes on two cores that train at 50 GFLOP/s. Give --n_embd even for a single run of train.py.
+--flops sets max_iters, so that all sizes compute the same amount. Together the runs are 1.3e14 FLOPs: 45 minutes on two
+cores that train at 50 GFLOP/s. The size is --n_embd; give it for a single run of train.py, too.
 """
 out_dir = 'out-law'
 dataset = 'shakespeare_char'
 
-# the size is --n_embd alone: depth, context and the size of a head stay
+# only n_embd varies; depth, context and the size of a head are the same for all
 n_layer = 4
 n_head = n_embd // 16  # heads of 16 channels fit all five widths
 block_size = 128
 batch_size = 16
 gradient_accumulation_steps = 1
-dropout = 0.0  # a law is about models that do not memorise; see the epochs that plan.py prints
+dropout = 0.0
 bias = False
 
-# the architecture and optimizer of config/train_shakespeare_char.py on a CPU
+# architecture and optimizer as in config/train_shakespeare_char.py on a CPU
 pos = 'rope'
 norm = 'rmsnorm'
 mlp = 'relu2'

@@ -16,13 +16,27 @@ n_head = 4  # answers copy words from several places of the question
 n_embd = 128
 dropout = 0.0
 
-# by the clock, on any machine
-max_minutes = 10.0
+max_minutes = 10.0  # on any machine
 eval_interval = 500
 eval_iters = 20
 log_interval = 10
 
-# the recipe of Shakespeare's characters on a CPU; without its short contexts, which would cut dialogues
-pos, norm, mlp, qk_norm, tie_weights, smear = 'rope', 'rmsnorm', 'relu2', True, False, True
-optimizer, muon_lr, muon_momentum, learning_rate, min_lr = 'muon', 0.015, 0.9, 0.015, 0.0
-lr_schedule, cooldown_frac, warmup_iters = 'wsd', 0.8, 10
+# The recipe for small models without a GPU; each config that uses it has the same lines, and a test compares them.
+# Tuned on a held-out tenth of two training texts. docs/experiments.md says what each choice is worth.
+pos = 'rope'  # rotary positions instead of a learned table
+norm = 'rmsnorm'  # cheaper than LayerNorm
+mlp = 'relu2'  # squared ReLU
+qk_norm = True  # bounds the attention logits, so the learning rate can be high
+tie_weights = False  # the output head has its own weights
+smear = True  # adds part of the previous token's embedding to each token's
+optimizer = 'muon'  # for the matrices of the blocks; AdamW trains the rest
+muon_lr = 0.015
+muon_momentum = 0.9  # runs of some hundred updates learn more with it than with 0.95
+learning_rate = 0.015  # AdamW's peak, for embeddings, head and norms
+min_lr = 0.0  # most is learned while the rate falls, so it falls to zero
+beta2 = 0.99  # few tokens per update: average over more updates
+lr_schedule = 'wsd'  # constant, then a linear decay
+cooldown_frac = 0.8  # the fraction of the run after the warmup in which the rate decays
+warmup_iters = 10
+context_warmup = 0.6  # short contexts first: more updates in the same time
+context_warmup = 0.0  # instead: short contexts would cut dialogues

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from lib.generate import StreamDecoder, sample_next_token
+from lib.generate import StreamDecoder, forbid_repeated_ngrams, sample_next_token
 from lib.text import dialogue
 from model import KVCache
 
@@ -20,11 +20,14 @@ HELP = '/reset forgets the conversation, /quit ends it; Ctrl-C stops an answer'
 class Conversation:
     """What was said, and the model's cache of it.
 
-    marks: the checkpoint's. rules: see lib.generate.sample_next_token. system: a text that stays at the beginning.
+    marks: the checkpoint's. system: a text that stays at the beginning. no_repeat_ngram: within one answer; 0 = off.
+    rules: see lib.generate.sample_next_token.
     """
 
-    def __init__(self, model, tok, marks, *, max_new_tokens=500, seed=1337, system='', **rules):
+    def __init__(self, model, tok, marks, *, max_new_tokens=500, seed=1337, system='', no_repeat_ngram=0, **rules):
+        self.no_repeat_ngram = no_repeat_ngram
         self.model, self.tok, self.marks, self.rules = model, tok, marks, rules
+        self.no_repeat_ngram = no_repeat_ngram
         self.max_new_tokens, self.seed, self.system = max_new_tokens, seed, dialogue.clean(system)
         self.device = model.lm_head.weight.device
         self.block_size = model.config.block_size
@@ -81,7 +84,11 @@ class Conversation:
         for n in range(self.max_new_tokens):
             logits, _ = self.model(torch.tensor([new], device=self.device), cache=self.cache)
             self.read += new
-            new = sample_next_token(logits[:, -1, :V].float(), uniform[n:n + 1], seen, **self.rules).tolist()
+            logits = logits[:, -1, :V].float()  # (1, V)
+            if self.no_repeat_ngram:
+                said = torch.tensor([self.read[len(ids):]], dtype=torch.long, device=self.device)
+                logits = forbid_repeated_ngrams(logits, said, self.no_repeat_ngram)
+            new = sample_next_token(logits, uniform[n:n + 1], seen, **self.rules).tolist()
             if new == [-1]:
                 raise UserError(f'the model computes NaN or infinity in {self.model.dtype} on {self.device}; '
                                 'try --dtype=float32 or --device=cpu')
@@ -111,8 +118,11 @@ def print_answer(conversation, question, live):
         signal.signal(signal.SIGINT, before)
 
 
-def talk(conversation, live):
-    """Read questions from the terminal, or from a pipe, and print the answers, until /quit or the end of the input."""
+def talk(conversation, live, fit=lambda text: text):
+    """Read questions from the terminal, or from a pipe, and print the answers, until /quit or the end of the input.
+
+    fit: a function that changes a question to the characters that the model knows.
+    """
     asks = '> ' if sys.stdin.isatty() else ''
     if asks:
         print(HELP)
@@ -130,12 +140,13 @@ def talk(conversation, live):
             print(HELP)
         elif line:
             try:
-                print_answer(conversation, line, live)
+                print_answer(conversation, fit(line), live)
             except UserError as error:  # a character that the vocabulary lacks, or a question that is too long
                 print(error.message, file=sys.stderr)
             if conversation.dropped:
-                print(f'(forgot the oldest {conversation.dropped} questions and answers: the context of '
-                      f'{conversation.block_size} tokens was full)', file=sys.stderr)
+                forgot = f'{conversation.dropped} exchanges' if conversation.dropped > 1 else 'exchange'
+                print(f'(the context of {conversation.block_size} tokens was full: forgot the oldest {forgot})',
+                      file=sys.stderr)
 
 
 def open_conversation(model, tok, state, **settings):

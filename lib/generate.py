@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from lib.machine import device
 from model import KVCache
 
 KEEP_ON_SLIDE = 1 / 2  # fraction of a full context that is kept when it slides; more is slower and no more accurate
@@ -202,8 +203,9 @@ def sample_text(model, tok, data, number, seed, warn):
         shown = tok.decode(prompt)
     model.eval()
     try:
-        pieces = generate_text(model, tok, prompt, 1, 200, stop=stop, seed=seed, temperature=0.8, top_k=200)
-        return shown + ''.join(text for _, text, _ in pieces)
+        with device.without_cudnn_attention():
+            pieces = generate_text(model, tok, prompt, 1, 200, stop=stop, seed=seed, temperature=0.8, top_k=200)
+            return shown + ''.join(text for _, text, _ in pieces)
     except UserError as error:
         warn(f'no sample: {error.message}')
         return ''

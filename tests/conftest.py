@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import runpy
+import shutil
 import string
 import sys
 from pathlib import Path
@@ -21,7 +22,7 @@ if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
 
 TINY = ('--device=cpu --dtype=float32 --n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=4 '
         '--gradient_accumulation_steps=1 --max_iters=6 --eval_interval=4 --eval_iters=2 --warmup_iters=2 '
-        '--learning_rate=1e-2 --dataset=tiny').split()  # a flag given again, behind these, wins
+        '--learning_rate=1e-2 --dataset=tiny').split()  # the last of several equal flags wins
 
 
 class Outcome:
@@ -87,6 +88,22 @@ def workdir(tmp_path, monkeypatch):
     write_dataset(tmp_path / 'data' / 'tiny', ids, ids[:400])
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(scope='session')
+def finished():
+    """Where the run that the fixture `trained` copies is kept."""
+    return []
+
+
+@pytest.fixture
+def trained(run, workdir, finished):
+    """A finished run of 6 updates in out/, evaluated at 0, 4 and 6; trained once, copied for each test."""
+    if not finished:
+        assert run('train.py', *TINY, '--out_dir=finished').status == 0
+        finished.append(workdir / 'finished')
+    shutil.copytree(finished[0], workdir / 'out')
+    return workdir / 'out'
 
 
 @pytest.fixture

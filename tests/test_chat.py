@@ -10,6 +10,7 @@ from configurator import UserError
 from lib.chat import Conversation, open_conversation, print_answer, talk
 from lib.text import dialogue
 from lib.text.tokenizer import ByteTokenizer
+from lib.weights import checkpoint
 from model import GPT, GPTConfig
 
 MARKS = dialogue.MARKS[0]
@@ -129,6 +130,23 @@ def test_the_same_seed_gives_the_same_conversation():
     assert talks[0] == talks[1] != talks[2]
 
 
+def test_no_sequence_of_tokens_occurs_twice_in_an_answer():
+    assert ''.join(conversation(Parrot('ababab')).answer('hi')) == 'ababab'
+    said = conversation(Parrot('ababab'), no_repeat_ngram=2)
+    assert not ''.join(said.answer('hi')).startswith('abab')
+
+
+def test_every_setting_of_sample_py_reaches_the_rules(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out').mkdir()
+    made = model()
+    checkpoint.save('out/ckpt.pt', {'model': made.state_dict(), 'model_args': made.config.model_args(),
+                                    'tokenizer': {'kind': 'byte'}, 'chat': MARKS})
+    done = run('sample.py', '--chat', '--start=a', '--device=cpu', '--max_new_tokens=4', '--top_p=0.9', '--min_p=0.1',
+               '--repetition_penalty=1.2', '--no_repeat_ngram=3')
+    assert done.status == 0, done.err
+
+
 def test_nan_is_a_plain_error():
     made = model()
     with torch.no_grad():
@@ -184,7 +202,7 @@ def test_a_character_that_the_model_lacks_is_said_and_the_conversation_goes_on(t
 def test_forgetting_is_said(typing, capsys):
     typing(''.join(f'question number {n}\n' for n in range(5)))
     talk(conversation(Parrot('hello', block_size=100)), live=False)
-    assert 'forgot the oldest 1 questions' in capsys.readouterr().err
+    assert 'the context of 100 tokens was full: forgot the oldest exchange)' in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(capsys):

@@ -5,7 +5,6 @@ import pickle
 import random
 import re
 import resource
-import shutil
 import time
 
 import pytest
@@ -209,22 +208,6 @@ def test_ten_kills_inside_a_save_leave_the_old_or_the_new_file_whole(tmp_path): 
     assert inside_a_save == 10 and not wrong
 
 
-@pytest.fixture(scope='module')
-def finished():
-    """Where the run that the tests below start from is kept."""
-    return []
-
-
-@pytest.fixture
-def trained(run, workdir, finished):
-    """A finished run of 6 updates in out/, evaluated at 0, 4 and 6; trained once, copied for each test."""
-    if not finished:
-        assert run('train.py', *TINY, '--out_dir=finished').status == 0
-        finished.append(workdir / 'finished')
-    shutil.copytree(finished[0], workdir / 'out')
-    return workdir / 'out'
-
-
 @pytest.fixture
 def file_size_limit():
     """Limits the size of files, which fails like a full disk does; undone at the end."""
@@ -278,7 +261,7 @@ def test_a_value_that_cannot_be_stored_is_named_and_the_old_file_stays(tmp_path)
 
 def test_any_failure_inside_a_save_leaves_no_temporary_file(tmp_path, monkeypatch):  # fault 3
     break_call(monkeypatch, torch, 'save', MemoryError())
-    with pytest.raises(MemoryError):
+    with pytest.raises(UserError, match='MemoryError'):
         checkpoint.save(tmp_path / 'last.pt', {'model': {}})
     assert not list(tmp_path.iterdir())
 
@@ -401,19 +384,79 @@ def test_an_incomplete_file_that_cannot_be_removed_does_not_prevent_locking(tmp_
 
 
 def test_an_out_dir_that_disappears_is_an_error_of_one_line(tmp_path):
-    with pytest.raises(UserError, match=r'could not write .*gone/last.pt: .*No such file or directory'):
+    with pytest.raises(UserError, match=r'could not write .*gone/last.pt \(.*No such file or directory'):
         save(tmp_path / 'gone' / 'last.pt', state())
 
 
 def test_a_periodic_save_that_fails_is_a_warning_and_not_saved(tmp_path):
     model, saved = model_and_state()
     warnings = []
+    (tmp_path / 'gone').touch()  # a file, where the folder was
     assert save_run(ONE, tmp_path / 'gone', saved, model, as_best=True, must=False, warn=warnings.append) is False
     assert len(warnings) == 1 and 'could not write' in warnings[0]
 
 
+def test_an_out_dir_that_was_renamed_is_created_again_and_nothing_is_lost(tmp_path):
+    model, saved = model_and_state()
+    warnings = []
+    assert save_run(ONE, tmp_path / 'gone', saved, model, as_best=True, must=True, warn=warnings.append)
+    assert len(warnings) == 1 and 'created again' in warnings[0]
+    assert checkpoint.load(tmp_path / 'gone' / 'last.pt')['iter_num'] == saved['iter_num']
+
+
+@pytest.mark.parametrize('number', [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV])
+def test_a_file_system_without_hard_links_gets_copies(tmp_path, monkeypatch, number):
+    break_call(monkeypatch, os, 'link', OSError(number, 'no links here'))
+    for _ in range(2):
+        save(tmp_path / 'last.pt', state(), keep_previous=True, link_as=tmp_path / 'ckpt.pt')
+    assert all(checkpoint.load(tmp_path / name) for name in ('last.pt', 'last.prev.pt', 'ckpt.pt'))
+
+
+def test_a_previous_file_that_cannot_be_kept_does_not_prevent_the_new_one(tmp_path, monkeypatch):
+    save(tmp_path / 'last.pt', state(1), keep_previous=True)
+    break_call(monkeypatch, checkpoint, '_link', OSError(errno.ENOSPC, 'No space left on device'))
+    with pytest.raises(UserError, match=r'last.prev.pt \(No space left on device\).*last.pt is written'):
+        save(tmp_path / 'last.pt', state(2), keep_previous=True)
+    assert checkpoint.load(tmp_path / 'last.pt')['iter_num'] == 2
+
+
+@pytest.mark.parametrize('number', [errno.ESTALE, errno.EIO, errno.ENOTCONN, errno.EHOSTDOWN])
+def test_a_checkpoint_that_a_network_does_not_deliver_is_one_line(tmp_path, monkeypatch, number):
+    save(tmp_path / 'last.pt', state())
+    break_call(monkeypatch, checkpoint.Path, 'is_file', OSError(number, os.strerror(number)))
+    with pytest.raises(UserError, match=f'last.pt cannot be read .{os.strerror(number)}'):
+        checkpoint.load(tmp_path / 'last.pt')
+
+
+def test_an_error_that_is_not_about_space_says_nothing_about_space(tmp_path, monkeypatch):
+    break_call(monkeypatch, os, 'replace', OSError(errno.ESTALE, 'Stale file handle'))
+    with pytest.raises(UserError) as caught:
+        save(tmp_path / 'last.pt', state())
+    assert 'Stale file handle' in caught.value.message and 'GiB' not in caught.value.message
+
+
+def test_a_lock_file_of_another_user_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, 'open', open, raising=False)
+    break_call(monkeypatch, checkpoint, 'open', PermissionError(errno.EACCES, 'Permission denied', '.lock'))
+    with pytest.raises(UserError, match=r'\.lock: Permission denied'):
+        lock_out_dir(tmp_path)
+
+
+def test_an_earlier_run_that_cannot_be_moved_is_one_line(tmp_path, monkeypatch):
+    save(tmp_path / 'last.pt', state())
+    break_call(monkeypatch, os, 'replace', OSError(errno.EBUSY, 'Device or resource busy'))
+    with pytest.raises(UserError, match='cannot be moved .*Device or resource busy'):
+        checkpoint.archive_old_run(tmp_path)
+
+
+def test_a_folder_that_access_denies_wrongly_is_tried(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, 'access', lambda *args: False)
+    assert checkpoint.folder_problem(tmp_path / 'out') == ''
+
+
 def test_a_save_that_must_succeed_and_fails_is_an_error(tmp_path):
     model, saved = model_and_state()
+    (tmp_path / 'gone').touch()
     with pytest.raises(UserError, match='could not write'):
         save_run(ONE, tmp_path / 'gone', saved, model, as_best=False, must=True)
 

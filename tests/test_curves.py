@@ -13,6 +13,7 @@ from matplotlib.figure import Figure  # noqa: E402
 import plot  # noqa: E402
 from lib.training import curves  # noqa: E402
 
+pytestmark = pytest.mark.pictures
 FALL, RISE = [4.0, 3.0, 2.5, 2.4], [4.0, 3.0, 3.2, 3.5]
 
 

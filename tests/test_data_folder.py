@@ -244,16 +244,37 @@ def test_a_meta_json_of_another_kind_is_reported(tiny, content):  # fault 33
 
 
 class Payload:
+    """Makes a folder when it is unpickled."""
+
     def __reduce__(self):
         return os.mkdir, ('pwned',)
 
 
-def test_a_meta_pkl_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch):  # fault 56
+def test_an_unsafe_reader_would_run_the_payload(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    put(tmp_path / 'meta.pkl', pickle.dumps({'itos': Payload()}))
+    pickle.loads(pickle.dumps({'itos': Payload()}))
+    assert (tmp_path / 'pwned').exists()
+
+
+@pytest.mark.parametrize('protocol', range(6))
+def test_a_meta_pkl_that_runs_code_is_refused_and_does_not_run(tmp_path, monkeypatch, protocol):  # fault 56
+    monkeypatch.chdir(tmp_path)
+    put(tmp_path / 'meta.pkl', pickle.dumps({'itos': Payload()}, protocol=protocol))
     with pytest.raises(UserError, match=r'meta.pkl refers to \w+.mkdir; refusing'):
         from_nanogpt_meta(tmp_path)
     assert not (tmp_path / 'pwned').exists()
+
+
+@pytest.mark.parametrize('n_bytes', range(0, 60, 7))
+def test_a_truncated_meta_pkl_is_an_error_of_one_line(tmp_path, n_bytes):  # fault 56
+    put(tmp_path / 'meta.pkl', pickle.dumps({'itos': dict(enumerate('abcdefghijklmnop'))})[:n_bytes])
+    with pytest.raises(UserError, match='meta.pkl'):
+        from_nanogpt_meta(tmp_path)
+
+
+def test_the_tokenizer_in_meta_json_is_never_run_as_code(tiny):
+    change_meta(tiny, lambda meta: meta.update(tokenizer={'kind': "__import__('os').mkdir('pwned')"}))
+    assert 'tokenizer of kind' in refused() and not (tiny.parent.parent / 'pwned').exists()
 
 
 @pytest.mark.parametrize('content', [b'', b'not a pickle', pickle.dumps([1, 2]), pickle.dumps({'itos': {1: 'a'}})])

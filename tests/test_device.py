@@ -12,8 +12,13 @@ from lib.machine.runtime import Runtime
 CPU = Runtime(torch.device('cpu'), torch.float32, False, '')
 
 
+PYPI = ['sm_75', 'sm_80', 'sm_86', 'sm_90', 'sm_100', 'sm_120', 'compute_120']  # of torch 2.13's wheel
+
+
 def fake_cuda(monkeypatch, capability, name='NVIDIA X', hip=None):
     monkeypatch.setattr(torch.cuda, 'is_available', lambda: True)
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 1)
+    monkeypatch.setattr(torch.cuda, 'get_arch_list', lambda: PYPI)
     monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda index=None: capability)
     monkeypatch.setattr(torch.cuda, 'get_device_name', lambda index=None: name)
     monkeypatch.setattr(torch.version, 'hip', hip)
@@ -35,10 +40,50 @@ def test_mps_uses_float32():
     assert device.pick_dtype(torch.device('mps'))[0] == 'float32'
 
 
+@pytest.mark.parametrize('capability, served', [((6, 1), False), ((7, 0), False), ((7, 5), True), ((8, 6), True),
+                                                ((8, 9), True), ((9, 0), True), ((12, 0), True), ((12, 1), True)])
+def test_a_gpu_without_kernels_in_this_torch_is_left_for_the_cpu(monkeypatch, capsys, capability, served):
+    fake_cuda(monkeypatch, capability)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: False)
+    assert device.pick_device() == ('cuda' if served else 'cpu')
+    problem, line = device.device_problem('cuda'), capsys.readouterr().err
+    assert bool(problem) == bool(line) == (not served)
+    if not served:
+        assert f'compute capability {capability[0]}.{capability[1]}' in problem and 'whl/cu126' in problem
+        assert line.startswith('using the CPU, since torch') and line.count('\n') == 1
+
+
+def test_the_names_of_amds_architectures_are_not_compared():
+    assert device.has_kernels((9, 4), ['gfx90a', 'gfx942'])
+
+
+def test_a_gpu_is_measured_with_enough_work_for_its_speed(monkeypatch):
+    sizes = []
+
+    class Fake:
+        def repeat(self, rows, columns):
+            sizes.append(1024 * rows)
+            return self
+
+        def to(self, *args):
+            return self
+
+        def __getitem__(self, at):
+            return 0.0
+
+        def __matmul__(self, other):
+            sizes.append(sizes[0])
+            return self
+    monkeypatch.setattr(torch, 'randn', lambda *args, **more: Fake())
+    device.measured_flops(torch.device('cuda'), torch.bfloat16)
+    assert 2 * sizes[0]**3 >= 5e11 and len(sizes) > 10
+
+
 @pytest.mark.parametrize('has_cuda, has_mps, kind', [(True, False, 'cuda'), (False, True, 'mps'),
                                                      (False, False, 'cpu'), (True, True, 'cuda')])
 def test_cuda_is_picked_before_mps_and_cpu(monkeypatch, has_cuda, has_mps, kind):
-    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_cuda)
+    if has_cuda:
+        fake_cuda(monkeypatch, (9, 0))
     monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: has_mps)
     assert device.pick_device() == kind
 
@@ -55,6 +100,11 @@ def test_a_missing_device_is_reported(monkeypatch, name, problem):
 @pytest.mark.parametrize('name, half, full', [
     ('NVIDIA A100-SXM4-80GB', 312, 19.5), ('NVIDIA H100 80GB HBM3', 989, 67), ('NVIDIA H100 PCIe', 756, 51),
     ('NVIDIA H200', 989, 67), ('NVIDIA L4', 121, 30.3), ('NVIDIA L40S', 362, 91.6), ('Tesla T4', 65, 8.1),
+    ('NVIDIA A800-SXM4-80GB', 312, 19.5), ('NVIDIA H800', 989, 67), ('NVIDIA H20', 148, 44),
+    ('NVIDIA L20', 119.5, 59.8),
+    ('NVIDIA RTX A6000', 155, 38.7), ('NVIDIA RTX 6000 Ada Generation', 364, 91.1), ('NVIDIA A40', 150, 37.4),
+    ('NVIDIA GH200 480GB', 989, 67), ('NVIDIA GeForce RTX 4090 D', 147.1, 73.5),
+    ('NVIDIA GeForce RTX 4090', 165.2, 82.6),
     ('NVIDIA GeForce RTX 4070 Ti SUPER', 88.2, 44.1), ('NVIDIA GeForce RTX 4070', 58.3, 29.1),
     ('NVIDIA GeForce GTX 1060 6GB', 4.4, 4.4), ('AMD Instinct MI300X', 1307, 163.4), ('NVIDIA A10G', 70, 35)])
 def test_a_known_gpu_has_the_peak_of_its_data_sheet(monkeypatch, name, half, full):
@@ -68,8 +118,12 @@ def test_peak_tflops_overrides_the_table():
     assert device.peak_flops(CPU, 2.5) == 2.5e12
 
 
-def test_an_unknown_machine_is_measured():
-    assert 1e8 < device.peak_flops(CPU) < 1e14
+def test_a_cpu_has_no_peak_to_compare_with():
+    assert device.peak_flops(CPU) == 0
+
+
+def test_an_unknown_gpu_is_measured_by_its_matrix_products():
+    assert 1e7 < device.measured_flops(torch.device('cpu'), torch.float32, n=128) < 1e14
 
 
 def test_a_gpu_whose_name_contains_a_known_name_is_measured(monkeypatch):
@@ -81,7 +135,7 @@ def test_a_gpu_whose_name_contains_a_known_name_is_measured(monkeypatch):
 
 def test_measuring_does_not_change_the_random_state():
     before = torch.get_rng_state()
-    device.measured_flops(torch.device('cpu'), torch.float32)
+    device.measured_flops(torch.device('cpu'), torch.float32, n=16)
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -1,18 +1,22 @@
 """lib/machine/distributed.py: the arithmetic of several ranks, and how they fail. Two processes, gloo on a CPU."""
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 import time
 
 import pytest
 import torch
 from conftest import TINY
-from kit import Ranks, differences, load, trained_part
+from kit import REPO, Ranks, differences, load, trained_part
 
 from configurator import Settings, UserError
 from lib.machine import distributed, runtime
 from lib.machine.runtime import Runtime
 from lib.training import optim
+from lib.weights import checkpoint
 
 FLAGS = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=10', '--eval_interval=5', '--lr_decay_iters=20',
          '--dist_timeout=200', '--eval_iters=3']
@@ -335,3 +339,125 @@ if rank == 1:
 def test_settings_that_fsdp_does_not_support_are_refused(run, workdir, flags, problem):
     done = run('train.py', *TINY, '--parallel=fsdp', *flags)
     assert done.status == 2 and problem in done.last_error
+
+
+# What the ranks exchange
+
+COUNT = """
+import json, torch, torch.distributed as dist
+counts = {}
+def count(module, name):
+    real = getattr(module, name)
+    def counted(*args, **kwargs):
+        counts[name] = counts.get(name, 0) + 1
+        return real(*args, **kwargs)
+    setattr(module, name, counted)
+count(dist, '_broadcast_coalesced')
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as group
+count(group, 'foreach_reduce')
+from lib.machine import distributed
+finish = distributed.finish
+distributed.finish = lambda: (json.dump(counts, open(f'counts{rank}', 'w')), finish())
+"""
+
+
+@pytest.mark.parametrize('micro_steps', [2, 8])
+def test_fsdp_reduces_gradients_once_per_update_whatever_the_number_of_micro_batches(workdir, micro_steps):
+    flags = ['--max_iters=3', '--eval_interval=100', '--parallel=fsdp', f'--gradient_accumulation_steps={micro_steps}']
+    outcomes = Ranks(2, 'train.py', *FLAGS, *flags, cwd=workdir, hook=COUNT).wait()
+    assert [status for status, *_ in outcomes] == [0, 0], outcomes
+    assert json.loads((workdir / 'counts0').read_text(encoding='utf-8'))['foreach_reduce'] == 3 * 3  # 2 blocks, rest
+
+
+def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
+    """A buffer would be sent before each forward pass."""
+    class Model(torch.nn.Linear):
+        def __init__(self):
+            super().__init__(2, 2)
+            self.register_buffer('rope', torch.zeros(4), persistent=False)
+    torch.distributed.init_process_group('gloo', store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        rt = Runtime(torch.device('cpu'), torch.float32, False, '', world_size=2)
+        ddp = distributed.wrap_ddp(Model(), rt, 'ddp')
+        assert not ddp.will_sync_module_buffers() and ddp.gradient_as_bucket_view
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+# torchrun itself
+
+LAUNCHED = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--decay_lr=False', '--dist_timeout=60',
+            '--eval_interval=1', '--log_interval=50', '--eval_iters=1', '--init_from=auto']
+
+
+def torchrun(workdir, torch_flags, flags, hook='pass'):
+    """Start torchrun with two ranks of train.py, each of which runs `hook` first."""
+    script = workdir / 'hooked.py'
+    lines = ['import os, runpy, signal, sys', 'rank = int(os.environ["RANK"])', f'sys.path.insert(0, {str(REPO)!r})',
+             hook, f'runpy.run_path({str(REPO / "train.py")!r}, run_name="__main__")']
+    script.write_text('\n'.join(lines), encoding='utf-8')
+    return subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc_per_node=2',
+                             *torch_flags, str(script), *LAUNCHED, *flags], cwd=workdir, text=True,
+                            start_new_session=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def wait_for(path, process, seconds=120):
+    until = time.monotonic() + seconds
+    while not path.exists() and process.poll() is None and time.monotonic() < until:
+        time.sleep(0.1)
+    assert path.exists(), process.communicate()[1]
+
+
+@pytest.mark.slow
+def test_term_to_torchrun_saves_once_at_one_step_and_the_run_continues(workdir):  # fault 44
+    flags = ['--max_iters=100000', '--eval_interval=100000']
+    process = torchrun(workdir, [], flags)
+    wait_for(workdir / 'out' / 'last.pt', process)
+    time.sleep(2)
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode != 0 and out.count('SIGTERM: saved iter') == 1
+    iter_num = checkpoint.load(workdir / 'out' / 'last.pt')['iter_num']
+    assert f'SIGTERM: saved iter {iter_num} to out' in out and iter_num > 0
+    process = torchrun(workdir, [], [f'--max_iters={iter_num + 2}'])
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == 0 and f'resuming from iter {iter_num}' in out, err
+
+
+@pytest.mark.slow
+def test_ranks_save_and_end_when_torchrun_is_killed(workdir):
+    process = torchrun(workdir, [], ['--max_iters=100000', '--eval_interval=100000'])
+    wait_for(workdir / 'out' / 'last.pt', process)
+    process.kill()
+    out, err = process.communicate(timeout=60)  # the pipes are closed when the last rank has ended
+    assert 'SIGTERM: saved iter' in out + err
+    assert checkpoint.load(workdir / 'out' / 'last.pt')['iter_num'] > 0
+
+
+@pytest.mark.slow
+def test_a_killed_rank_ends_torchrun_within_seconds(workdir):  # fault 49
+    kill = 'import threading; rank == 1 and threading.Timer(15, os.kill, (os.getpid(), signal.SIGKILL)).start()'
+    process = torchrun(workdir, [], ['--max_iters=100000', '--eval_interval=100000'], hook=kill)
+    wait_for(workdir / 'out' / 'last.pt', process)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 1 and 'rank      : 1' in err and 'SIGKILL' in err
+
+
+@pytest.mark.slow
+def test_max_restarts_with_init_from_auto_finishes_the_run(workdir):  # fault 52
+    crash = """
+if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and rank == 1:
+    from lib.text import dataset
+    real, calls = dataset.Split.batch, []
+    def batch(*args):
+        calls.append(0)
+        if len(calls) == 20:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*args)
+    dataset.Split.batch = batch
+"""
+    process = torchrun(workdir, ['--max-restarts=1'], ['--max_iters=12'], hook=crash)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    assert 'no checkpoint in out/: starting from scratch' in out and 'resuming from iter' in out
+    assert load(workdir / 'out' / 'last.pt')['iter_num'] == 12

@@ -381,3 +381,20 @@ def test_nan_logits_are_an_error_with_a_remedy(rules):
         model.transformer.ln_f.weight[3] = torch.nan
     with pytest.raises(UserError, match='NaN or infinity in torch.float32 on cpu; try'):
         list(generate_text(model, ByteTokenizer(), [65], 2, 20, **rules))
+
+
+def test_cudnn_attention_is_off_for_samples_during_training_and_on_again_afterwards(monkeypatch):
+    from types import SimpleNamespace
+
+    from lib import generate
+    seen = []
+    monkeypatch.setattr(generate, 'generate_text', lambda *args, **more: seen.append(
+        torch.backends.cuda.cudnn_sdp_enabled()) or [])
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    try:
+        tok, data = SimpleNamespace(start_ids=[0]), SimpleNamespace(marks=None)
+        generate.sample_text(torch.nn.Linear(1, 1), tok, data, 0, 1, print)
+        assert seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)

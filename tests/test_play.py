@@ -23,6 +23,7 @@ from conftest import REPO, write_dataset
 from configurator import UserError
 from lib import generate
 from lib.play import attention, curves, models, server, views, worker
+from lib.text import tokenizer
 from model import GPT, GPTConfig
 
 CHARS = '\n abcdefgh人之初性本善\U0001f600'
@@ -31,13 +32,13 @@ CPU = SimpleNamespace(device=torch.device('cpu'), dtype=torch.float32)
 MARKS = {'user': 'a\n', 'assistant': 'b\n', 'end': '\n\n'}
 
 
-def write_run(folder, spec=None, seed=0, n_layer=2, block_size=8, **more):
+def write_run(folder, spec=None, seed=0, n_layer=2, n_embd=16, block_size=8, **more):
     """Write a random model's ckpt.pt into `folder`; return it. more: the model's options, or the checkpoint's keys."""
     keys = {name: more.pop(name) for name in ('chat', 'config', 'iter_num', 'best_val_loss') if name in more}
     spec = spec or {'kind': 'char', 'chars': CHARS}
-    V = {'byte': 256}.get(spec['kind']) or len(spec['chars'])
+    V = tokenizer.from_spec(spec).vocab_size
     torch.manual_seed(seed)
-    model = GPT(GPTConfig(block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=16, **more))
+    model = GPT(GPTConfig(block_size=block_size, vocab_size=V, n_layer=n_layer, n_head=2, n_embd=n_embd, **more))
     for p in model.parameters():
         if p.dim() == 2:
             torch.nn.init.normal_(p, std=0.4)
@@ -283,6 +284,28 @@ def test_a_passage_comes_from_the_validation_split(play, folder):
     assert play('out').ask('passage', place=0.5, tokens=8) == [{'text': 'efghabcd'}]
 
 
+def test_a_passage_begins_with_a_line_if_one_is_near(play, folder):
+    write_dataset(folder / 'data' / 'mine', [2] * 20, [2, 3, 4, 0, 5, 6, 7, 8] * 4, chars=CHARS)
+    write_run(folder / 'out', config={'dataset': 'mine'})
+    assert play('out').ask('passage', place=0.5, tokens=16) == [{'text': 'defgabc\ndefg'}]
+
+
+@pytest.mark.slow
+def test_streaming_reaches_nine_tenths_of_sample_pys_speed(folder):
+    write_run(folder / 'out', {'kind': 'byte'}, block_size=256, n_layer=4, n_embd=128)
+    opened, rules = models.Models(['out'], '', CPU).get('out'), {'temperature': 0.8, 'top_k': 200}
+
+    def seconds(work):  # of the CPU, because other programs may run
+        began = time.process_time()
+        for item in work:
+            json.dumps(item)
+        return time.process_time() - began
+    both = [(seconds(generate.generate_text(opened.model, opened.tok, [10], 1, 1000, seed=seed, **rules)),
+             seconds(views.write(opened, '\n', [], 1000, seed, rules))) for seed in range(5)]
+    alone, streamed = map(min, zip(*both))
+    assert alone / streamed > 0.9
+
+
 # several readers, and a run that goes on
 
 def test_requests_of_many_readers_are_each_answered_as_if_alone(play, folder):
@@ -382,13 +405,12 @@ def test_a_new_checkpoint_is_read_at_the_next_request(play, folder):
     assert played.models.describe()[0]['iter'] == 200 and not played.models.describe()[0]['changed']
 
 
-@pytest.mark.parametrize('loss, shown', [(torch.tensor(1.5), 1.5), (1e9, None), ('<b>', None), (None, None)])
-def test_facts_of_a_checkpoint_are_numbers_or_left_out(play, folder, loss, shown):
-    write_run(folder / 'out', best_val_loss=loss, iter_num=[1])
+@pytest.mark.parametrize('loss, shown', [(torch.tensor(1.5), 1.5), (1e9, None)])
+def test_a_loss_that_is_a_tensor_is_shown_and_one_that_was_never_measured_is_not(play, folder, loss, shown):
+    write_run(folder / 'out', best_val_loss=loss)
     played = play('out')
     played.ask('next', prompt='a')
-    found = played.ask('models')[0]['models'][0]
-    assert found['val_loss'] == shown and found['iter'] is None
+    assert played.ask('models')[0]['models'][0]['val_loss'] == shown
 
 
 def test_a_damaged_checkpoint_leaves_the_model_before_it_in_place(play, folder):

@@ -94,3 +94,8 @@ def test_the_quick_start_is_two_commands():
     text = (REPO / 'README.md').read_text(encoding='utf-8')
     section = text.split('## Quick start')[1].split('\n## ')[0]
     assert len(re.findall(r'```bash\n(.+)\n```', section)) == len(re.findall('```', section)) // 2 == 2
+
+
+def test_the_readme_says_that_config_files_are_code():  # fault 59
+    text = ' '.join((REPO / 'README.md').read_text(encoding='utf-8').lower().split())
+    assert 'config files are python and are executed' in text

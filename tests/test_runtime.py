@@ -1,20 +1,13 @@
-"""lib/machine/runtime.py: start, the clock, torch.compile, random states and signals."""
-import os
-import signal
+"""lib/machine/runtime.py: start, the clock, torch.compile, random states """
 import time
 
 import pytest
 import torch
-from conftest import TINY
-from kit import REPO, differences, load, python, trained_part
+from kit import python
 
-from configurator import Settings, UserError
+from configurator import Origin, Settings
 from lib.machine import runtime
-from lib.machine.runtime import Runtime, Signals
-from lib.text import dataset
-from lib.weights import checkpoint
-
-FLAGS = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--eval_interval=100', '--lr_decay_iters=6']
+from lib.machine.runtime import Runtime
 
 
 def cpu(**more):
@@ -24,7 +17,7 @@ def cpu(**more):
 def settings(**values):
     s = Settings({'device': 'cpu', 'dtype': 'auto', 'compile': True, 'seed': 1, 'backend': 'nccl', 'dist_timeout': 60.0,
                   **values})
-    s.origins.update({name: f'--{name}' for name in values})
+    s.origins.update({name: Origin('flag', f'--{name}') for name in values})
     return s
 
 
@@ -46,22 +39,32 @@ def test_start_gives_cuda_an_index(monkeypatch):
     assert runtime.start(chosen_settings).device == torch.device('cuda', 0) and chosen == [0]
 
 
-def test_a_compile_that_fails_falls_back_with_one_line(monkeypatch, capfd):
-    model = torch.nn.Linear(2, 2)
+@pytest.fixture
+def start_on_cuda(monkeypatch):
+    """start_on_cuda(trains=False, **values of settings) starts on a made-up CUDA device."""
+    monkeypatch.setattr(torch._C, '_cuda_setDevice', lambda index: None, raising=False)
+    monkeypatch.setattr(runtime, 'pick_dtype', lambda device: ('bfloat16', 'stand-in'))
+    monkeypatch.setattr(torch.cuda, 'get_device_capability', lambda device=None: (9, 0))
+    monkeypatch.setattr(torch, 'manual_seed', lambda seed: None)
+    before = torch.get_float32_matmul_precision(), torch.backends.cuda.cudnn_sdp_enabled()
+    torch.set_float32_matmul_precision('highest')
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    yield lambda trains=False, **values: runtime.start(settings(**{'device': 'cuda', **values}), trains)
+    torch.set_float32_matmul_precision(before[0])
+    torch.backends.cuda.enable_cudnn_sdp(before[1])
 
-    def broken(model):
-        raise RuntimeError('no C++ compiler\nand forty more lines')
-    monkeypatch.setattr(torch, 'compile', lambda model, dynamic: model)
-    state = torch.get_rng_state()
-    fast = runtime.compile_or_fall_back(model, cpu(compile=True), False, lambda m: (torch.rand(1), broken(m)))
-    assert fast is model and torch.equal(torch.get_rng_state(), state)
-    assert capfd.readouterr().err == 'compile failed (RuntimeError: no C++ compiler); continuing without it\n'
+
+@pytest.mark.parametrize('trains', [True, False])
+def test_cudnn_attention_is_off_where_text_is_generated(start_on_cuda, trains):
+    start_on_cuda(trains)
+    assert torch.backends.cuda.cudnn_sdp_enabled() is trains
 
 
-def test_a_compile_that_was_asked_for_and_fails_is_an_error(monkeypatch):
-    monkeypatch.setattr(torch, 'compile', lambda model, dynamic: model)
-    with pytest.raises(UserError, match=r'compile=True: .*ZeroDivisionError: division by zero\); leave it out'):
-        runtime.compile_or_fall_back(torch.nn.Linear(2, 2), cpu(compile=True), True, lambda model: 1 / 0)
+@pytest.mark.parametrize('values, precision', [({}, 'high'), ({'dtype': 'bfloat16'}, 'high'),
+                                               ({'dtype': 'float32'}, 'highest')])
+def test_tf32_is_used_unless_float32_was_asked_for(start_on_cuda, values, precision):
+    start_on_cuda(**values)
+    assert torch.get_float32_matmul_precision() == precision
 
 
 def test_random_states_of_a_checkpoint_are_restored():
@@ -77,10 +80,6 @@ def test_missing_random_states_are_reported(states):
 def test_with_one_process_reducing_returns_the_numbers():
     rt = cpu()
     assert rt.all_reduce_max(1, 2.5) == (1, 2.5) and rt.all_reduce_sum(3) == (3,) and rt.is_master
-
-
-def test_a_delayed_reader_reads_at_once_on_a_cpu():
-    assert runtime.DelayedReader(cpu())(torch.tensor([1.5, 2.0])) == [1.5, 2.0]
 
 
 # The clock
@@ -127,134 +126,3 @@ def test_torch_uses_no_more_threads_than_the_container_allows_unless_asked(monke
     monkeypatch.setattr(runtime, 'usable_cpus', lambda: 1)
     runtime.start(settings())
     assert chosen[-1] == threads
-
-
-# Signals
-
-def send(number):
-    os.kill(os.getpid(), number)
-
-
-@pytest.mark.parametrize('name', ['SIGUSR1', 'SIGINT', 'SIGTERM'])
-def test_a_signal_is_remembered_and_the_handlers_come_back(name):
-    number = getattr(signal, name)
-    before = signal.getsignal(number)
-    with Signals() as signals:
-        send(number)
-        assert signals.name(signals.level) == name and signals.number(signals.level) == number
-    assert signal.getsignal(number) == before
-
-
-def test_the_most_urgent_signal_is_remembered():
-    with Signals() as signals:
-        send(signal.SIGTERM)
-        send(signal.SIGUSR1)
-        assert signals.name(signals.level) == 'SIGTERM'
-
-
-def test_a_second_interrupt_quits_at_once(capfd):
-    with Signals() as signals:
-        send(signal.SIGINT)
-        assert signals.level == 2 and signal.getsignal(signal.SIGINT) == signal.SIG_DFL
-    assert 'press Ctrl-C again to quit without saving' in capfd.readouterr().err
-
-
-def test_outside_the_main_thread_no_signal_is_caught_and_nothing_breaks(monkeypatch):
-    monkeypatch.setattr(signal, 'signal', lambda *args: (_ for _ in ()).throw(ValueError('main thread only')))
-    with Signals() as signals:
-        assert signals.level == 0
-
-
-# Faults
-
-@pytest.fixture
-def signal_at(monkeypatch):
-    """signal_at(number, batch) sends this process a signal while it reads that training batch, counted from 0."""
-    def install(number, batch_number):
-        real, calls = dataset.Split.batch, []
-
-        def batch(self, *args):
-            if torch.is_grad_enabled():
-                calls.append(0)
-                if len(calls) == batch_number + 1:
-                    os.kill(os.getpid(), number)
-            return real(self, *args)
-        monkeypatch.setattr(dataset.Split, 'batch', batch)
-    return install
-
-
-UNINTERRUPTED = []
-
-
-def uninterrupted(run):
-    """Return what must be equal to a run without signals, which is trained once."""
-    if not UNINTERRUPTED:
-        run('train.py', *FLAGS, '--out_dir=whole')
-        UNINTERRUPTED.append(trained_part(load('whole/last.pt')))
-    return UNINTERRUPTED[0]
-
-
-@pytest.mark.parametrize('name, status', [('SIGTERM', 143), ('SIGINT', 130)])
-def test_term_and_int_finish_the_step_save_and_resume_exactly(run, workdir, signal_at, name, status):  # faults 43, 47
-    expected = uninterrupted(run)
-    signal_at(getattr(signal, name), 5)  # in the third update of two micro-steps
-    done = run('train.py', *FLAGS)
-    assert done.status == status and f'{name}: saved iter 3 to out' in done.out and '--init_from=resume' in done.out
-    assert load('out/last.pt')['iter_num'] == load('out/ckpt.pt')['iter_num'] == 3
-    run('train.py', *FLAGS, '--init_from=resume')
-    assert differences(expected, trained_part(load('out/last.pt'))) == []
-
-
-def test_usr1_saves_and_training_goes_on_unchanged(run, workdir, signal_at):  # fault 48
-    expected = uninterrupted(run)
-    signal_at(signal.SIGUSR1, 5)
-    done = run('train.py', *FLAGS)
-    assert done.status == 0 and 'SIGUSR1: saved iter 3 to out' in done.out
-    assert load('out/last.prev.pt')['iter_num'] == 3
-    assert differences(expected, trained_part(load('out/last.pt'))) == []
-
-
-def test_a_signal_during_a_save_lets_it_finish(run, workdir, monkeypatch):  # fault 46
-    real, calls = os.fsync, []
-
-    def fsync(fd):
-        calls.append(fd)
-        if len(calls) == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return real(fd)
-    monkeypatch.setattr(os, 'fsync', fsync)
-    done = run('train.py', *FLAGS)
-    assert done.status == 143
-    assert [checkpoint.load(f'out/{name}')['iter_num'] for name in ('last.prev.pt', 'last.pt')] == [0, 1]
-    assert not list((workdir / 'out').glob('*.tmp.*'))
-
-
-def test_a_save_on_a_signal_that_fails_is_an_error(run, workdir, signal_at, monkeypatch):  # fault 2
-    run('train.py', *FLAGS, '--max_iters=1')
-    monkeypatch.setattr(torch, 'save', lambda *args: (_ for _ in ()).throw(OSError(28, 'No space left on device')))
-    signal_at(signal.SIGTERM, 3)
-    done = run('train.py', *FLAGS, '--init_from=resume')
-    assert done.status == 1 and 'could not write out/last.pt' in done.last_error
-    assert checkpoint.load('out/last.pt')['iter_num'] == 1
-
-
-TWICE = """
-import os, runpy, signal, sys
-from lib.text import dataset
-real, calls = dataset.Split.batch, []
-def batch(self, *args):
-    calls.append(0)
-    if len(calls) in (7, 8):
-        os.kill(os.getpid(), signal.SIGINT)
-    return real(self, *args)
-dataset.Split.batch = batch
-sys.argv[0] = 'train.py'
-runpy.run_path(sys.argv.pop(1), run_name='__main__')
-"""
-
-
-def test_a_second_interrupt_quits_at_once_and_the_last_save_is_whole(run, workdir):  # fault 47
-    child = python(TWICE, REPO / 'train.py', *FLAGS, '--gradient_accumulation_steps=9', cwd=workdir)
-    out, err = child.communicate(timeout=120)
-    assert child.returncode == -signal.SIGINT and 'press Ctrl-C again to quit without saving' in err
-    assert checkpoint.load(workdir / 'out' / 'last.pt')['iter_num'] == 0

@@ -8,7 +8,9 @@ import torch
 from conftest import REPO
 
 import sample
+from lib.text.prompt import encode_prompt
 from lib.text.tokenizer import ByteTokenizer
+from lib.weights import int8
 from model import GPT, GPTConfig
 
 CHARS = '\n abcdefgh人之初性本善'
@@ -83,6 +85,14 @@ def test_a_prompt_of_any_length_is_printed_completely(run, trained, start):
     assert done.status == 0, done.err
     first = done.out.split(f'\n{HYPHENS}\n')[0]
     assert first.startswith(start) and len(first) == len(start) + 12
+
+
+def test_int8_weights_print_samples(run, trained, monkeypatch):
+    quantized, real = [], int8.Int8Linear
+    monkeypatch.setattr(int8, 'Int8Linear', lambda layer: quantized.append(layer) or real(layer))
+    done = run('sample.py', *SHORT, '--dtype=int8', '--start=abc')
+    assert done.status == 0, done.err
+    assert len(quantized) == 9 and done.out.count(HYPHENS) == 2
 
 
 def test_the_stop_string_is_not_printed(run, trained):
@@ -183,7 +193,7 @@ def test_without_streaming_a_sample_is_printed_when_it_is_complete(capsys, monke
 def test_an_end_of_text_mark_in_the_prompt_becomes_that_token():
     tok = ByteTokenizer()
     tok.eot, tok.separator = 7, '<|endoftext|>'
-    assert sample.encode_start('<|endoftext|>a<|endoftext|>', tok) == [7, 97, 7]
+    assert encode_prompt('<|endoftext|>a<|endoftext|>', tok) == [7, 97, 7]
 
 
 def test_an_ascii_locale_garbles_neither_the_prompt_nor_the_output(trained):

@@ -123,7 +123,8 @@ LINES = [
     Line(44, 'python sample.py --init_from=gpt2-xl --repetition_penalty=1.2 --no_repeat_ngram=4 --min_p=0.05',
          f'--device=cpu {SHORT}', ('^-{15}$',), gpt2=True),
     Line(45, 'python data/arithmetic/prepare.py', '', PREPARED),
-    Line(45, 'python train.py config/train_arithmetic.py', f'--device=cpu {FEW} --n_layer=1 --n_head=2 --n_embd=16', TRAINED),
+    Line(45, 'python train.py config/train_arithmetic.py', f'--device=cpu {FEW} --n_layer=1 --n_head=2 --n_embd=16',
+         TRAINED),
     Line(45, r"python sample.py --out_dir=out-arithmetic --start='\n12+34=' --stop='\n' --temperature=0 "
          '--num_samples=1', f'--device=cpu {SHORT}', (r'^12\+34=',)),
     # FROM_SCRATCH

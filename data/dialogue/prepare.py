@@ -16,7 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from lib.text.prepare import prepare
 
-N_TRAIN, N_VAL = 12_000, 1_200  # dialogues
+N_TRAIN, N_VAL = 20_000, 1_200  # dialogues
 LONGEST = 250  # characters of a dialogue with its marks; config/train_dialogue.py has a context of 256
 
 ONES = 'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen ' \
@@ -60,7 +60,8 @@ WORDS = {
         'recall': ('我的{0}叫什么？', '我的{0}叫什么名字？'), 'space': '',
     },
 }
-TASKS = ('greet', 'where', 'who', 'colour', 'sum', 'reverse', 'count', 'remember')
+# how often each kind of question is asked: what is learned last, most
+TASKS = {'greet': 1, 'where': 2, 'who': 2, 'colour': 2, 'sum': 3, 'reverse': 1, 'count': 1, 'remember': 1}
 
 
 def held_out(*combination):
@@ -128,6 +129,11 @@ def exchange(rng, task, language, held):
     return rng.choice(w[task]).format(made), answer
 
 
+def draw_task(rng, tasks):
+    """Draw one of the tasks as often as TASKS says."""
+    return rng.choices(tasks, [TASKS[task] for task in tasks])[0]
+
+
 def exchanges(rng, task, language, held):
     """Return [(task, question, answer), ...]: one, or three where something is remembered over another question.
 
@@ -135,7 +141,7 @@ def exchanges(rng, task, language, held):
     """
     if task != 'remember':
         return [(task, *exchange(rng, task, language, held))]
-    w, between = WORDS[language], rng.choice(TASKS[:-1])
+    w, between = WORDS[language], draw_task(rng, [t for t in TASKS if t != 'remember'])
     pair = draw(rng, held, w['pets'], w['called'])
     return [('', rng.choice(w['tell']).format(*pair), w['told']), (between, *exchange(rng, between, language, held)),
             ('remember', rng.choice(w['recall']).format(*pair), pair[1])]
@@ -143,17 +149,16 @@ def exchanges(rng, task, language, held):
 
 def dialogue(rng, held):
     """Return a row: {'language', 'tasks', 'messages'}, as long as its drawn limit allows."""
-    language = rng.choice(('en', 'en', 'en', 'zh', 'zh'))  # Chinese dialogues hold more questions
+    language = 'en' if rng.random() < 0.7 else 'zh'  # Chinese is shorter, so its dialogues have more questions
     limit = LONGEST if rng.random() < 0.7 else rng.randint(60, LONGEST)
-    said, size = [], 1
-    while True:
-        new = exchanges(rng, rng.choice(TASKS), language, held)
-        size += sum(len(question) + len(answer) + 10 for _, question, answer in new)  # 10 characters of marks
-        if said and size > limit or size > LONGEST:
-            break
-        said += new
-    if not said:
-        return dialogue(rng, held)
+    said, size, misses = [], 1, 0
+    while misses < 4 or not said:
+        new = exchanges(rng, draw_task(rng, list(TASKS)), language, held)
+        added = sum(len(question) + len(answer) + 10 for _, question, answer in new)  # 10 characters of marks
+        if size + added <= (limit if said else LONGEST):
+            said, size = said + new, size + added
+        else:
+            misses += 1
     return {'language': language, 'tasks': [task for task, _, _ in said],
             'messages': [{'role': role, 'content': text} for _, *both in said
                          for role, text in zip(('user', 'assistant'), both, strict=True)]}

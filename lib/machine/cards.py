@@ -7,12 +7,13 @@ from lib.machine.device import PEAK_TFLOPS
 
 # GB (10**9 bytes). If a card is sold with several sizes, the smaller one; plan.py --memory=80 sets another.
 MEMORY_GB = {
-    'B200': 180, 'H200': 141, 'H100 PCIe': 80, 'H100 NVL': 94, 'H100': 80, 'A100': 40, 'L40S': 48, 'L40': 48,
-    'L4': 24, 'A10G': 24, 'A10': 24, 'T4': 16, 'V100': 16, 'MI300X': 192,
-    'GTX 1080 Ti': 11, 'GTX 1080': 8, 'GTX 1070 Ti': 8, 'GTX 1070': 8, 'GTX 1060': 6, 'GTX 1050 Ti': 4, 'GTX 1050': 2,
-    'RTX 2080 Ti': 11, 'RTX 2080 SUPER': 8, 'RTX 2080': 8, 'RTX 2070 SUPER': 8, 'RTX 2070': 8, 'RTX 2060 SUPER': 8,
-    'RTX 2060': 6, 'RTX 3090 Ti': 24, 'RTX 3090': 24, 'RTX 3080 Ti': 12, 'RTX 3080': 10, 'RTX 3070 Ti': 8,
-    'RTX 3070': 8, 'RTX 3060 Ti': 8, 'RTX 3060': 12, 'RTX 4090': 24, 'RTX 4080 SUPER': 16, 'RTX 4080': 16,
+    'B200': 180, 'GH200': 96, 'H200': 141, 'H800 PCIe': 80, 'H800': 80, 'H20': 96, 'H100 PCIe': 80, 'H100 NVL': 94,
+    'H100': 80, 'A100': 40, 'A800': 40, 'A40': 48, 'L40S': 48, 'L40': 48, 'RTX 6000 Ada': 48, 'A6000': 48, 'L20': 48,
+    'L4': 24, 'A10G': 24, 'A10': 24, 'T4': 16, 'V100': 16, 'MI300X': 192, 'GTX 1080 Ti': 11, 'GTX 1080': 8,
+    'GTX 1070 Ti': 8, 'GTX 1070': 8, 'GTX 1060': 6, 'GTX 1050 Ti': 4, 'GTX 1050': 2, 'RTX 2080 Ti': 11,
+    'RTX 2080 SUPER': 8, 'RTX 2080': 8, 'RTX 2070 SUPER': 8, 'RTX 2070': 8, 'RTX 2060 SUPER': 8, 'RTX 2060': 6,
+    'RTX 3090 Ti': 24, 'RTX 3090': 24, 'RTX 3080 Ti': 12, 'RTX 3080': 10, 'RTX 3070 Ti': 8, 'RTX 3070': 8,
+    'RTX 3060 Ti': 8, 'RTX 3060': 12, 'RTX 4090 D': 24, 'RTX 4090': 24, 'RTX 4080 SUPER': 16, 'RTX 4080': 16,
     'RTX 4070 Ti SUPER': 16, 'RTX 4070 Ti': 12, 'RTX 4070 SUPER': 12, 'RTX 4070': 12, 'RTX 4060 Ti': 8, 'RTX 4060': 8,
     'RTX 5090': 32, 'RTX 5080': 16, 'RTX 5070 Ti': 16, 'RTX 5070': 12, 'RTX 5060 Ti': 8, 'RTX 5060': 8,
 }

@@ -150,13 +150,19 @@ def wrap_ddp(model, runtime, parallel):
     if runtime.world_size == 1 or parallel == 'fsdp':
         return model
     ids = [runtime.device.index] if runtime.device.type == 'cuda' else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+    ddp = torch.nn.parallel.DistributedDataParallel
+    # buffers are constant tables, equal on all ranks; DDP would send them before every update
+    ddp._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
+    return ddp(model, device_ids=ids, gradient_as_bucket_view=True)  # without a second copy of the gradients
 
 
 def set_grad_sync(model, on):
     """Set whether the next backward pass averages gradients over the ranks; only the last micro-step needs it."""
+    model = getattr(model, '_orig_mod', model)  # inside torch.compile's wrapper
     if isinstance(model, torch.nn.parallel.DistributedDataParallel):
         model.require_backward_grad_sync = on
+    elif hasattr(model, 'set_requires_gradient_sync'):  # FSDP keeps whole gradients until then
+        model.set_requires_gradient_sync(on)
 
 
 def full_tensor(tensor):

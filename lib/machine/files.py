@@ -11,7 +11,8 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}  # file systems that have no fsync, or none for folders
+# of fsync, on file systems that have none, or none for folders; macOS has both ENOTSUP and EOPNOTSUPP
+NOT_SUPPORTED = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOTTY}
 
 
 def temporary_name(path):
@@ -36,7 +37,8 @@ def atomic_write(path):
             mode = os.stat(file.fileno()).st_mode  # what the umask allows; some libraries write for their owner only
         yield temporary
         if os.stat(temporary).st_mode != mode:
-            os.chmod(temporary, mode)
+            with contextlib.suppress(OSError):  # CIFS, FUSE and FAT may have no permissions to set
+                os.chmod(temporary, mode)
         _sync(temporary, os.O_RDWR)
         os.replace(temporary, path)
         if hasattr(os, 'O_DIRECTORY'):  # not on Windows
@@ -73,7 +75,11 @@ def alone_in(folder):
 def leftovers(folder, names):
     """Return the temporary files that killed writers of `names` left in `folder`. The caller must hold its lock."""
     pattern = re.compile(rf'({"|".join(map(re.escape, names))})\.tmp\.\d+(\.[0-9a-f]{{8}})?')
-    return sorted(p for p in Path(folder).iterdir() if pattern.fullmatch(p.name) and p.is_file() and not p.is_symlink())
+    try:
+        return sorted(p for p in Path(folder).iterdir()
+                      if pattern.fullmatch(p.name) and p.is_file() and not p.is_symlink())
+    except OSError:  # a network file system, for example, that has just gone
+        return []
 
 
 def _sync(path, flags):

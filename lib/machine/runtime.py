@@ -1,9 +1,7 @@
-"""One process: where it computes, how it starts, its clock, torch.compile and signals. Nothing here is about GPT."""
+"""One process: where it computes, how it starts, and its clock. Nothing here is about GPT."""
 import contextlib
 import ctypes
 import os
-import signal
-import sys
 import time
 from dataclasses import dataclass
 
@@ -146,11 +144,12 @@ def limit_threads():
         torch.set_num_threads(usable_cpus())
 
 
-def start(settings, compile_pays=False):
+def start(settings, trains=False):
     """Set up this process and return its Runtime; joins the other ranks if torchrun started it.
 
     settings: device, dtype, compile, seed and, in train.py, backend and dist_timeout.
-    compile_pays: whether to compile by default on devices where it pays; an explicit `compile` wins.
+    trains: whether this is a training run, which compiles by default on devices where it pays; an explicit `compile`
+    wins.
     """
     rank, world_size = distributed.rank_and_world()
     local_rank = distributed.local_rank()
@@ -164,77 +163,44 @@ def start(settings, compile_pays=False):
         distributed.join(settings, device, rank, world_size)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
+        if not (settings.given('dtype') and settings['dtype'] == 'float32'):
+            torch.set_float32_matmul_precision('high')  # TF32, which is as precise as what surrounds these products
+        if not trains:  # cuDNN builds a plan for each length, which in generation is every token
+            torch.backends.cuda.enable_cudnn_sdp(False)
     name, reason = (settings['dtype'], 'as asked') if settings.given('dtype') else pick_dtype(device)
     if settings.given('compile'):
         compiled = settings['compile']
     else:  # Triton needs compute capability 7.0; on CPU and MPS, compiling takes longer than a short run gains
-        compiled = (compile_pays and device.type == 'cuda' and os.name != 'nt'
+        compiled = (trains and device.type == 'cuda' and os.name != 'nt'
                     and torch.cuda.get_device_capability(device)[0] >= 7)
     if device.type == 'cpu':
         tune_malloc()
     limit_threads()
     torch.manual_seed(settings['seed'])
     description = f'{device}, {name} ({reason}), compile {"on" if compiled else "off"}'
-    return Runtime(device, DTYPES[name], compiled, description, rank, local_rank, world_size)
+    compute_dtype = torch.bfloat16 if name == 'int8' else DTYPES[name]  # int8 weights multiply bfloat16 activations
+    return Runtime(device, compute_dtype, compiled, description, rank, local_rank, world_size)
 
 
-def compile_or_fall_back(model, runtime, explicit, try_step):
-    """Return `model` compiled if runtime.compile, else unchanged.
+class DelayedReader:
+    """Reads small tensors from the device: at once on a CPU, one call late on CUDA, so that no call waits.
 
-    try_step(model) runs the forward and backward pass of one training step. If that fails, it is a UserError when the
-    user asked for compile (`explicit`); otherwise one line gives the reason and the model is not compiled. The random
-    state and the gradients are as before.
+    delay: how many calls late, 0 or 1. The first call on CUDA has nothing to return yet and returns zeros.
     """
-    if not runtime.compile:
-        return model
-    compiled, states = torch.compile(model, dynamic=False), runtime.rng_states()  # context_warmup has three shapes
-    try:
-        try_step(compiled)
-    except Exception as error:
-        reason = distributed.first_line(error)
-        if explicit:
-            raise UserError(f'compile=True: torch.compile fails here ({type(error).__name__}: {reason}); '
-                            'leave it out') from error
-        print(f'compile failed ({type(error).__name__}: {reason}); continuing without it', file=sys.stderr)
-        torch._dynamo.reset()
-        compiled = model
-    model.zero_grad(set_to_none=True)
-    runtime.set_rng_state(states)
-    return compiled
 
+    def __init__(self, device):
+        self.delay, self.previous = int(device.type == 'cuda'), None
 
-class Signals:
-    """Remembers that USR1, INT or TERM arrived; training asks at each step. A second INT ends the process at once.
-
-    As a context manager it restores the previous handlers.
-    """
-    LEVELS = {'SIGUSR1': 1, 'SIGINT': 2, 'SIGTERM': 3}  # ranks agree on the highest level that any of them received
-
-    def __init__(self):
-        self.level, self._before = 0, {}
-
-    def __enter__(self):
-        for name in self.LEVELS:
-            if hasattr(signal, name):
-                number = getattr(signal, name)
-                with contextlib.suppress(ValueError):  # signals are caught in the main thread only
-                    self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(self, *_):
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def name(self, level):
-        """Return the name of a level, as in 'SIGTERM'."""
-        return next(name for name, number in self.LEVELS.items() if number == level)
-
-    def number(self, level):
-        """Return a level's signal number; shells expect 128 + this number as the exit status."""
-        return int(getattr(signal, self.name(level)))
-
-    def _note(self, number, frame):
-        self.level = max(self.level, self.LEVELS[signal.Signals(number).name])
-        if number == signal.SIGINT:
-            signal.signal(signal.SIGINT, signal.SIG_DFL)
-            os.write(2, b'\nfinishing this step and saving; press Ctrl-C again to quit without saving\n')
+    def __call__(self, tensor):
+        """Return `tensor` (n,), or that of the previous call, as a list of floats."""
+        if not self.delay:
+            return tensor.tolist()
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        host.copy_(tensor, non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+        previous, self.previous = self.previous, (host, copied)
+        if previous is None:
+            return [0.0] * len(tensor)
+        previous[1].synchronize()
+        return previous[0].tolist()

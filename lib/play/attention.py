@@ -16,11 +16,12 @@ SIDE = 24  # width of a thumbnail in points, at most
 def recompute(attn, x, rope):
     """Return the weights (nh, T, T) of an attention layer for its input x (1, T, C), in float32; rows sum to 1."""
     B, T, C = x.shape
-    q, k, _ = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head).unbind(2)  # (1, T, nh, hs) each
+    qk = attn.c_attn(x).view(B, T, 3, attn.n_head, C // attn.n_head)[:, :, :2]  # (1, T, 2, nh, hs)
     if attn.qk_norm is not None:
-        q, k = attn.qk_norm(q), attn.qk_norm(k)
+        qk = attn.qk_norm(qk)
     if rope is not None:
-        q, k = apply_rotary_emb(q, rope), apply_rotary_emb(k, rope)
+        qk = apply_rotary_emb(qk, rope)
+    q, k = qk.unbind(2)  # (1, T, nh, hs) each
     q, k = q[0].transpose(0, 1).float(), k[0].transpose(0, 1).float()  # (nh, T, hs) each
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (nh, T, T)
     future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from configurator import UserError
-from lib.text import data_folder, dataset
+from lib.text import data_folder
 from lib.weights.load_model import load_model
 from model import GPT
 
@@ -130,18 +130,21 @@ def _dataset_name(state):
 
 
 def passage(opened, place, n_tokens):
-    """Return n_tokens of the validation split as text. place: its position in the split, from 0 to 1.
+    """Return n_tokens of the validation split as text, from the beginning of a line if one is near.
 
+    place: its position in the split, from 0 to 1.
     UserError if the dataset is not on this machine or has another tokenizer.
     """
     name = _dataset_name(opened.state)
     if not name:
         raise UserError('the dataset that this model was trained on is not on this machine')
     if 'val' not in opened.cache:
-        data = dataset.open_dataset(name, 1)
-        if data.tokenizer != opened.tok.spec:
+        spec, _, files, _ = data_folder.read(name)
+        if spec != opened.tok.spec:
             raise UserError(f'data/{name} was prepared again with another tokenizer since this model was trained')
-        opened.cache['val'] = data.val.tokens
+        _, opened.cache['val'], *_ = files['val']
     tokens = opened.cache['val']
     start = int(place * max(0, len(tokens) - n_tokens))
-    return opened.tok.decode(tokens[start:start + n_tokens].tolist()).strip('\ufffd')
+    text = opened.tok.decode(tokens[start:start + n_tokens].tolist()).strip('\ufffd')
+    line = text[:len(text) // 4].find('\n') + 1 if start else 0
+    return text[line:].lstrip('\n')

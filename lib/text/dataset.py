@@ -4,6 +4,7 @@ Which tokens training sample number g contains depends on (seed, g) only: not on
 evaluations, nor on a library's random state. So there is no reading position that could be lost.
 """
 import math
+import os
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -97,7 +98,7 @@ class Split:
         idx: block_size tokens from each start. targets: the same, shifted by one. UserError if a token is outside the
         vocabulary, or if the file was truncated since it was opened.
         """
-        if isinstance(self.tokens, np.memmap) and self.path.stat().st_size < self.tokens.nbytes:
+        if isinstance(self.tokens, np.memmap) and _size(self.path, self.tokens.nbytes) < self.tokens.nbytes:
             raise UserError(f'{self.path} was truncated while it was being read; prepare the dataset again')
         at = starts[:, None] + np.arange(block_size + 1)  # (B, T + 1)
         if self.dialogues is not None:
@@ -123,6 +124,14 @@ class Split:
         if n_targets is None:
             n_targets = len(self) if self.mask is None else self.n_targets
         return loss * n_targets / (math.log(2) * self.n_bytes) if self.n_bytes else None
+
+
+def _size(path, otherwise):
+    """Return the size of a file in bytes, or `otherwise` if the system does not say: a mapped file may be renamed."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return otherwise
 
 
 @dataclass

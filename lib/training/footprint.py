@@ -1,8 +1,9 @@
 """How much memory training takes, found by running one training step on tensors that have no data.
 
-Such a tensor has a shape, a dtype and a device, so the model's own code decides what is allocated and for how long,
+Such a tensor has a shape, a dtype and a device, so the model's code decides which tensors exist and for how long,
 and no formula has to follow its changes. Only tensors are counted, not what libraries allocate internally.
 """
+import functools
 import inspect
 import weakref
 from contextlib import nullcontext
@@ -14,7 +15,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from lib.training.optim import make_optimizer
 from lib.weights import lora
-from model import GPT
+from model import GPT, GPTConfig
 
 
 class _NoData(torch.Tensor):
@@ -122,21 +123,26 @@ def _trace(config, batch_size, micro_steps, dtype, optimizer, lora_rank, checkpo
     return Footprint(weights, gradients, state, max(0, peak - weights - state - gradients))
 
 
+@functools.cache
+def _footprint(config_values, *rest):
+    config = GPTConfig(*config_values)
+    if config.n_layer <= 2:
+        return _trace(config, *rest)
+    one, two = (astuple(_trace(replace(config, n_layer=n), *rest)) for n in (1, 2))
+    return Footprint(*(a + (config.n_layer - 1) * (b - a) for a, b in zip(one, two)))
+
+
 def footprint(config, batch_size, micro_steps=1, dtype=torch.float32, optimizer='adamw', lora_rank=0,
               checkpoint_activations=False, device_type='cpu', with_logits=False):
     """Return the Footprint of training a GPTConfig.
 
     batch_size: sequences of block_size tokens per micro-batch. micro_steps: micro-batches per update on one rank.
-    with_logits: also find out, in as much time again, what the vocabulary takes. Blocks are alike, so a deep model is
-    extrapolated from two and three of them.
+    with_logits: also find out what the vocabulary takes. Blocks are alike, so a deep model is extrapolated from one
+    and two of them.
     """
-    rest = (batch_size, micro_steps, dtype, optimizer, lora_rank, checkpoint_activations, device_type)
-    if config.n_layer <= 3:
-        found = _trace(config, *rest)
-    else:
-        two, three = (astuple(_trace(replace(config, n_layer=n), *rest)) for n in (2, 3))
-        found = Footprint(*(a + (config.n_layer - 2) * (b - a) for a, b in zip(two, three)))
+    rest = (batch_size, min(2, micro_steps), dtype, optimizer, lora_rank, checkpoint_activations, device_type)
+    found = replace(_footprint(astuple(config), *rest))
     if with_logits:
-        plain = footprint(replace(config, vocab_size=2), *rest[:-1], device_type)
+        plain = _footprint(astuple(replace(config, vocab_size=2)), *rest)
         found.logits = max(0, found.activations - plain.activations)
     return found

@@ -4,30 +4,7 @@ import math
 import torch
 
 from configurator import UserError
-
-
-class DelayedReader:
-    """Reads small tensors from the device: at once on a CPU, one call late on CUDA, so that no call waits.
-
-    delay: how many calls late, 0 or 1. The first call on CUDA has nothing to return yet and returns zeros.
-    """
-
-    def __init__(self, device):
-        self.delay, self.previous = int(device.type == 'cuda'), None
-
-    def __call__(self, tensor):
-        """Return `tensor` (n,), or that of the previous call, as a list of floats."""
-        if not self.delay:
-            return tensor.tolist()
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        previous, self.previous = self.previous, (host, copied)
-        if previous is None:
-            return [0.0] * len(tensor)
-        previous[1].synchronize()
-        return previous[0].tolist()
+from lib.machine.runtime import DelayedReader
 
 
 class Guard:

@@ -78,7 +78,7 @@ def minimum(n, loss):
 
 
 def minima(rows):
-    """Return [(FLOPs, N, loss)] of the lowest points of results with equal FLOPs, where there is one.
+    """Return [(FLOPs, N, loss)] of the lowest points of results with equal FLOPs, for budgets that have one.
 
     rows: [(flops, n, d, loss)].
     """

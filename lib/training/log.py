@@ -97,10 +97,12 @@ def tokens_line(tokens_per_iter, train_tokens, max_iters):
     return f'tokens per iteration: {tokens_per_iter:,} ({epoch:,.0f} iterations per epoch{epochs})'
 
 
-def banner(rt, settings, data, model, sequences, max_iters):
+def banner(rt, settings, data, model, sequences, max_iters, resumed):
     """Return the lines printed before training. sequences: per update. max_iters: 0 if a time limit ends the run."""
-    block_size, warmup = settings['block_size'], settings['context_warmup']
-    lines = [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
+    block_size, warmup, lines = settings['block_size'], settings['context_warmup'], []
+    if settings['init_from'] == 'auto' and not resumed:
+        lines.append(f'no checkpoint in {settings["out_dir"]}/: starting from scratch')
+    lines += [f'device: {rt.description}' + (f'; {rt.world_size} processes' if rt.world_size > 1 else ''),
              f'recipe: {recipe(settings, sys.argv[1:])}; {architecture(model.config)}',
              f'number of parameters: {model.get_num_params() / 1e6:.2f}M',
              *([data.train.describe(block_size)] if data.marks else []),
@@ -109,14 +111,6 @@ def banner(rt, settings, data, model, sequences, max_iters):
         lines.append(f'context: {block_size // 4} tokens in the first {warmup / 2:.0%} of the run, {block_size // 2} '
                      f'until {warmup:.0%}, then {block_size}')
     return lines
-
-
-def warn_if_long(minutes, limit=30):
-    """Warn if a run on the CPU takes more than `limit` minutes and name a shorter one; returns whether it did."""
-    if minutes > limit:
-        warn(f'this takes {duration(minutes)} or more on the CPU; --max_minutes=3 in place of --max_iters trains for '
-             'three minutes, and config/train_shakespeare_char.py is a recipe made for that')
-    return minutes > limit
 
 
 def append_log(path, record):
@@ -152,9 +146,16 @@ def _valid(name, value):
 
 def trim_log(path, iter_num, evaluated):
     """Remove what a resumed run will log again: updates from iter_num on, and evaluations after step `evaluated`."""
-    kept = [r for r in read_log(path) if r.get('iter', -1) < iter_num and r.get('step', -1) <= evaluated]
-    with files.atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-        f.writelines(json.dumps(record) + '\n' for record in kept)
+    try:
+        records = read_log(path)
+    except OSError as error:
+        return warn(f'{path} cannot be read ({error.strerror}); a resumed run may be in it twice')
+    kept = [r for r in records if r.get('iter', -1) < iter_num and r.get('step', -1) <= evaluated]
+    try:
+        with files.atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
+            f.writelines(json.dumps(record) + '\n' for record in kept)
+    except OSError as error:
+        return warn(f'could not shorten {path} ({error.strerror}); what is trained again will be in it twice')
 
 
 def in_notebook():

@@ -77,7 +77,7 @@ class MuonAdamW(AdamW):
     def _muon(group, matrices, momenta, found_inf):
         """Update matrices [(parameter, split), ...] of one size, the wide ones first; momenta: (n, rows, columns)."""
         grads = torch.cat([wide(p.grad, split) for p, split in matrices])
-        if found_inf is not None and not found_inf.is_cpu:  # a bad gradient leaves the momentum as it is
+        if found_inf is not None and not found_inf.is_cpu:  # a bad gradient must not change the momentum
             grads = torch.where(found_inf.bool(), momenta, grads)
         momenta.lerp_(grads, 1 - group['momentum'])
         nesterov = grads.lerp_(momenta, group['momentum'])
@@ -142,7 +142,7 @@ def clip_grad_norm_(parameters, max_norm):
 def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type, muon_momentum=0.95):
     """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each keeps its peak rate as `initial_lr`.
 
-    Uses torch's fused update where there is one: a single pass over the weights, and it can skip a bad update on the
+    Uses torch's fused update if it has one: a single pass over the weights, and it can skip a bad update on the
     device.
     """
     for group in groups:

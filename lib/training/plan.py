@@ -82,6 +82,8 @@ def job_from(settings, config, dtype, data=None, gpus=1):
     updates_given = s.by_flag('max_iters')
     minutes = 0.0 if updates_given and not s.by_flag('max_minutes') else s['max_minutes']
     short = 0.0 if updates_given and not s.by_flag('context_warmup') else s['context_warmup']
+    if data and data.marks:
+        short = 0.0  # dialogues are read whole
     T = config.block_size
     contexts = [(short / 2, T // 4), (short / 2, T // 2), (1 - short, T)]
     return Job(config, s['batch_size'],
@@ -90,7 +92,7 @@ def job_from(settings, config, dtype, data=None, gpus=1):
                [(fraction, context) for fraction, context in contexts if fraction],
                **{name: s[name] for name in ('eval_interval', 'eval_iters', 'optimizer', 'lora_rank',
                                              'checkpoint_activations', 'parallel')},
-               dtype=dtype, gpus=gpus, train_tokens=len(data.train) if data else 0)
+               dtype=dtype, gpus=gpus, train_tokens=data.train.epoch_tokens(T) if data else 0)
 
 
 # ---- parameters and FLOPs ----------------------------------------------------------------------------------------
@@ -168,7 +170,7 @@ def eval_flops(job):
 
 
 def run_flops(job, max_iters=0):
-    """Return the FLOPs of the run's updates and evaluations. max_iters: for a job that ends by the clock."""
+    """Return the FLOPs of the run's updates and evaluations. max_iters: for a job with a time limit."""
     updates = max_iters or job.max_iters
     training = sum(fraction * context * flops_per_token(job, context) for fraction, context in job.contexts)
     evaluations = updates // job.eval_interval + 2
@@ -178,7 +180,7 @@ def run_flops(job, max_iters=0):
 def minutes_from(job, seconds_per_update, seconds_per_eval):
     """Return (minutes, updates) of the run from the time of its parts.
 
-    seconds_per_update: {context: seconds}. If the run ends by the clock, the minutes are given and updates follow.
+    seconds_per_update: {context: seconds}. If max_minutes ends the run, the updates follow from it.
     """
     if job.max_iters:
         update = sum(fraction * seconds_per_update[context] for fraction, context in job.contexts)
@@ -276,4 +278,5 @@ def long_run_warning(minutes, limit=60):
     if minutes <= limit:
         return ''
     return (f'this run takes about {duration(minutes)}; --max_minutes=3 in place of --max_iters trains for three '
-            'minutes, and a smaller --n_layer, --n_embd or --block_size makes each update shorter')
+            'minutes, config/train_shakespeare_char.py is a recipe made for that, and a smaller --n_layer, --n_embd or '
+            '--block_size makes each update shorter')

@@ -117,8 +117,8 @@ def _memory_problem(s):
     needed = 4 * n_params + 20_000 * s['n_layer']  # bytes; the second part is for Python's objects
     if needed < memory:
         return ''
-    return (f'n_layer={s["n_layer"]}, n_embd={s["n_embd"]} and block_size={s["block_size"]} make {n_params:,} '
-            f'weights or more: {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory')
+    return (f'n_layer={s["n_layer"]}, n_embd={s["n_embd"]}, block_size={s["block_size"]} make {n_params:,} parameters '
+            f'or more: {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory')
 
 
 def check_values(s):
@@ -172,7 +172,9 @@ def _find_checkpoint(s):
     if s['eval_only']:
         path = f'{s["out_dir"]}/ckpt.pt'
         return path, checkpoint.load(path)
-    return checkpoint.find_latest(s['out_dir'])
+    # every rank reads the whole file: mapped, they have it in memory once; what they keep is copied to their GPUs
+    several = distributed.rank_and_world()[1] > 1
+    return checkpoint.find_latest(s['out_dir'], mmap=several and s['device'].startswith('cuda'))
 
 
 def _nothing_to_resume(s):
@@ -191,6 +193,7 @@ def _use_checkpoint(s, path, state):
     command line names no config file.
     """
     state.setdefault('iter_num', 0)
+    state['overridden'] = [name for name in ARCHITECTURE if name in s and s.origins[name].kind == 'config']
     errors = _use_architecture(s, state['model_args'], path) + _use_lora_rank(s, state, path)
     origins, has_config = state.get('origins', {}), any(origin.kind == 'config' for origin in s.origins.values())
     for name, value in state.get('config', {}).items():
@@ -283,8 +286,8 @@ def other_data(state, data):
 
 def resume_changes(state, s, data):
     """Return one line for each difference between a checkpoint's run and this one: architecture, settings, data."""
-    lines = [f'{name}: {s[name]}, as in the checkpoint' for name in ARCHITECTURE
-             if name in s and s.origins[name].kind == 'checkpoint' and state.get('config', {}).get(name) != s[name]]
+    lines = [f'{name}: {s[name]}, as in the checkpoint' for name in state.get('overridden', ())  # of a config file
+             if s.origins[name].kind == 'checkpoint']
     for name, old in state.get('config', {}).items():
         if name not in s or name in ARCHITECTURE or name in OF_THIS_PROCESS - {'device'} or s[name] == old:
             continue

@@ -1,4 +1,4 @@
-"""Many trainings of one recipe: a grid of settings, each run in a process and a folder of its own, and their results.
+"""Many trainings of one recipe: a grid of settings, each run in its own process and folder, and their results.
 
 A run is known by a hash of its settings, its data and the code that trains, which its folder's name ends in. So a
 sweep that was ended in any way continues where it was when the same command is given again.
@@ -21,11 +21,9 @@ from configurator import REPO, resolve
 from lib.machine.cpus import usable_cpus
 from lib.machine.device import pick_device
 from lib.machine.files import atomic_write
-from lib.text import data_folder
+from lib.text import data_folder, dataset
 from lib.training import plan
 from lib.training.log import read_log
-from lib.weights import checkpoint
-from model import GPTConfig
 
 TRAIN = REPO / 'train.py'
 NO_RESULT = {'out_dir', 'init_from', 'log_interval', 'wandb_log', 'wandb_project', 'wandb_run_name', 'tensorboard_log'}
@@ -134,10 +132,12 @@ def make_runs(argv, grid, defaults, out_dir, jobs, budgets=()):
     return runs, errors
 
 
+def _config(settings):
+    return plan.config_of(settings, dataset.open_dataset(settings['dataset'], settings['block_size']))
+
+
 def _flops_per_update(settings):
-    from lib.text import dataset
-    data = dataset.open_dataset(settings['dataset'], settings['block_size'])
-    job = plan.job_from(settings, plan.config_of(settings, data), None)
+    job = plan.job_from(settings, _config(settings), None)
     return job.sequences * job.config.block_size * plan.flops_per_token(job)
 
 
@@ -187,8 +187,7 @@ def finish(run):
 
 
 def _result(run, record):
-    state = checkpoint.load(run.folder / 'last.pt', mmap=True)
-    return {'n_params': plan.count(GPTConfig(**state['model_args'])), 'tokens': record['tokens'],
+    return {'n_params': plan.count(_config(run.settings)), 'tokens': record['tokens'],
             'seconds': round(60 * record['minutes'], 1), 'val_loss': record['whole_val_loss'],
             'val_bpb': record.get('whole_val_bpb') or '', 'error': ''}
 

@@ -1,20 +1,16 @@
 """Time the updates of a training run on this machine, on random tokens, before the run."""
 import statistics
-import sys
 import time
 from dataclasses import dataclass
 
 import torch
 
 from lib.machine import runtime
+from lib.machine.device import peak_memory
+from lib.training import plan
 from lib.training.optim import make_optimizer
 from lib.weights import lora
 from model import GPT
-
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
 
 
 @dataclass
@@ -109,12 +105,22 @@ def probe(step, rt, model, opt):
         seconds = clock.once(step)
     model.zero_grad(set_to_none=True)
     rt.set_rng_state(states)
-    if rt.device.type == 'cuda':
-        peak = torch.cuda.max_memory_reserved(rt.device)
-    elif rt.device.type == 'cpu' and resource:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == 'darwin' else 1024)
-    else:
+    peak = peak_memory(rt.device)
+    if not peak:
         return seconds, 0
     state = sum((4 if group['use_muon'] else 8) * p.numel() for group in opt.param_groups for p in group['params']
                 if not opt.state[p])
     return seconds, peak + state
+
+
+def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn):
+    """Time a training micro-step on `batch` with `probe` and print what the run will take; warn if that is hours.
+
+    net: the compiled form of `model`, or `model`.
+    """
+    seconds, n_bytes = probe(lambda: net(*batch)[1].backward(), rt, model, opt)
+    job = plan.job_from(settings, model.config, rt.dtype, data, rt.world_size)
+    minutes, line = plan.one_line(job, seconds * job.micro_steps / rt.world_size, n_bytes, updates_done)
+    say(line)
+    if not job.max_minutes and (warning := plan.long_run_warning(minutes)):
+        warn(warning)

@@ -10,6 +10,7 @@ import pickle
 import shutil
 import socket
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -80,7 +81,7 @@ def save(path, state, keep_previous=False, link_as=None):
     """
     path = Path(path)
     _check_plain(state, 'checkpoint')
-    missed = ''
+    missed = []
     try:
         with atomic_write(path) as temporary:
             with open(temporary, 'wb') as file:  # torch would write another name into the zip file for each path
@@ -89,16 +90,22 @@ def save(path, state, keep_previous=False, link_as=None):
                 try:
                     _link(temporary, Path(link_as))
                 except OSError as error:  # on Windows, for example, while another program reads that file
-                    missed = error.strerror or str(error)
+                    missed.append((link_as, error.strerror or str(error)))
             if keep_previous and path.exists():
-                _link(path, path.with_suffix(f'.prev{path.suffix}'))
-    except (OSError, RuntimeError) as error:  # torch's zip writer reports a full disk as a RuntimeError
-        raise UserError(f'could not write {path}: it needs about {_n_bytes(state) / 2**30:.2f} GiB, '
-                        f'{_free_space(path.parent)} ({first_line(error)}). What {path.name} held before is '
-                        'unchanged.') from error
+                previous = path.with_suffix(f'.prev{path.suffix}')
+                try:
+                    _link(path, previous)
+                except OSError as error:  # a copy on a file system without hard links may not fit
+                    missed.append((previous, error.strerror or str(error)))
+    except (OSError, RuntimeError, MemoryError) as error:  # torch's zip writer reports a full disk as a RuntimeError
+        space = ''
+        if getattr(error, 'errno', errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            space = f': it needs about {_n_bytes(state) / 2**30:.2f} GiB, {_free_space(path.parent)}'
+        raise UserError(f'could not write {path}{space} ({first_line(error) or type(error).__name__}). '
+                        f'What {path.name} held before is unchanged.') from error
     if missed:
-        raise UserError(f'could not write {link_as} ({missed}); what it held before is unchanged, and {path} is '
-                        'written')
+        other, why = missed[0]
+        raise UserError(f'could not write {other} ({why}); what it held before is unchanged, and {path} is written')
 
 
 @torch.no_grad()
@@ -123,11 +130,16 @@ def save_run(rt, out_dir, state, model, *, as_best, must, say=print, warn=print)
         say(f'saving checkpoint to {out_dir}')
         best, adapted = Path(out_dir, 'ckpt.pt'), lora.rank_of(state['model']) > 0
         try:
+            if not Path(out_dir).is_dir():  # renamed, or on a share that was unmounted
+                Path(out_dir).mkdir(parents=True)
+                warn(f'{out_dir} has disappeared during the run; it was created again, and the run is saved there')
             if as_best and adapted:
                 save(best, {**state, 'model': lora.merged(state['model'])})
             save(Path(out_dir, 'last.pt'), state, keep_previous=True, link_as=best if as_best and not adapted else None)
         except UserError as error:
             failure = error.message
+        except OSError as error:
+            failure = f'could not write {out_dir}: {error.strerror}'
     if failure and not must:
         warn(failure)
     failed = rt.all_reduce_max(bool(failure))[0]
@@ -145,11 +157,10 @@ def read_archive(path, mmap=False):
     try:
         if not path.is_file():
             raise UserError(f'{path} not found')
-        size = path.stat().st_size
         with open(path, 'rb') as f:
-            magic = f.read(4)
+            size, magic = os.fstat(f.fileno()).st_size, f.read(4)
     except OSError as error:
-        raise UserError(f'{path} cannot be read: {error.strerror}') from None
+        raise UserError(f'{path} cannot be read ({error.strerror})') from error
     if magic != b'PK\x03\x04':
         raise UserError(f'{path} is empty' if size == 0 else f'{path} is not a checkpoint of this program')
     try:
@@ -207,18 +218,18 @@ def strip_prefix(name):
     return name
 
 
-def find_latest(out_dir):
+def find_latest(out_dir, mmap=False):
     """Return (path, checkpoint) of the newest complete training state in `out_dir`, or None if there are no files.
 
-    Skipped files are reported on stderr; UserError if there are files but none is complete.
+    Skipped files are reported on stderr; UserError if there are files but none is complete. mmap: see `load`.
     """
     skipped = []
     for name in ('last.pt', 'last.prev.pt', 'ckpt.pt'):
         path = Path(out_dir) / name
-        if not os.path.exists(path):
+        if not os.path.lexists(path):
             continue
         try:
-            state = load(path)
+            state = load(path, mmap)
             if missing := [key for key in ('optimizer', 'iter_num', 'best_val_loss') if key not in state]:
                 raise UserError(f'{path} has no {" and no ".join(missing)}: a model, but not a training state')
         except UserError as error:
@@ -236,12 +247,17 @@ def folder_problem(out_dir):
     """Return why `out_dir` cannot be created or written, or '' if nothing is seen to prevent it."""
     path = Path(out_dir).absolute()
     try:
-        while not path.exists():
+        while not os.path.exists(path):  # unlike Path.exists, it raises nothing
             path = path.parent
-        writable, why = path.is_dir() and os.access(path, os.W_OK), ''
-    except (OSError, ValueError) as error:  # too long, or with NUL
-        writable, why = False, f' ({getattr(error, "strerror", None) or error})'
-    return '' if writable else f'out_dir {str(out_dir)[:80]!r} is not a writable folder{why}; choose another'
+        if not path.is_dir():
+            return f'out_dir {str(out_dir)[:80]!r} is not a writable folder ({path} is a file); choose another'
+        if not os.access(path, os.W_OK):  # which network file systems, that map users, may answer wrongly
+            with tempfile.TemporaryFile(dir=path):
+                pass
+    except (OSError, ValueError) as error:  # not writable, too long, or with NUL
+        why = getattr(error, 'strerror', None) or error
+        return f'out_dir {str(out_dir)[:80]!r} is not a writable folder ({why}); choose another'
+    return ''
 
 
 def lock_out_dir(out_dir):
@@ -254,7 +270,7 @@ def lock_out_dir(out_dir):
         out_dir.mkdir(parents=True, exist_ok=True)
         lock = open(out_dir / '.lock', 'a+', encoding='utf-8', errors='replace')
     except OSError as error:
-        raise UserError(f'out_dir {str(out_dir)!r} is not a writable folder ({error.strerror}); '
+        raise UserError(f'out_dir {str(out_dir)!r} is not a writable folder ({error.filename}: {error.strerror}); '
                         'choose another') from error
     locked = fcntl is not None
     if fcntl:
@@ -262,8 +278,11 @@ def lock_out_dir(out_dir):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN):
-                lock.seek(0)
-                raise UserError(f'out_dir {str(out_dir)!r} is in use by {lock.read().strip() or "another run"}; '
+                owner = ''
+                with contextlib.suppress(OSError):
+                    lock.seek(0)
+                    owner = lock.read(200).strip()
+                raise UserError(f'out_dir {str(out_dir)!r} is in use by {owner or "another run"}; '
                                 'choose another --out_dir') from None
             print(f'warning: the file system of {out_dir} has no locks ({error.strerror}), so a second run there would '
                   'not be noticed', file=sys.stderr)
@@ -289,7 +308,11 @@ def archive_old_run(out_dir):
     while (out_dir / f'old-{number}').exists():
         number += 1
     old = out_dir / f'old-{number}'
-    old.mkdir()
-    for path in files:
-        os.replace(path, old / path.name)
+    try:
+        old.mkdir()
+        for path in files:
+            os.replace(path, old / path.name)
+    except OSError as error:
+        raise UserError(f'the earlier run in {out_dir} cannot be moved to {old} ({error.strerror}); choose another '
+                        '--out_dir') from error
     return old

@@ -1,4 +1,4 @@
-"""GPT-2's weights: what transformers saved is computed alike, and what cannot be loaded is said in a line."""
+"""lib/weights/gpt2.py: models saved by transformers give its logits; what cannot be loaded is an error of one line."""
 import json
 import os
 import re
@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import REPO, write_dataset
+from textkit import skip_without_gpt2
 
 from configurator import UserError
 from lib.generate import generate
-from lib.weights import gpt2, load_model
-from model import GPT, GPTConfig
+from lib.weights import gpt2
 
 transformers = pytest.importorskip('transformers')
 huggingface_hub = pytest.importorskip('huggingface_hub')
@@ -41,6 +41,7 @@ def hf(tmp_path_factory):
 
 @pytest.fixture
 def copy(hf, tmp_path):
+    """A copy of the folder, which a test may damage."""
     return shutil.copytree(hf[0], tmp_path / 'copy')
 
 
@@ -73,7 +74,7 @@ def test_a_model_in_several_files_is_read(tmp_path):
 
 
 def test_names_without_prefix_half_precision_masks_and_a_saved_head_are_read(hf, copy):
-    """As the files on the hub are: bare names, buffers of the causal mask, and in old ones the tied head."""
+    """The files on the hub have bare names, buffers of the causal mask and, if they are old, the tied head."""
     path = copy / 'model.safetensors'
     tensors = {name.removeprefix('transformer.'): tensor.half()
                for name, tensor in safetensors_torch.load_file(path).items()}
@@ -92,28 +93,20 @@ def test_a_cropped_context_computes_the_same_on_short_texts(hf):
     assert torch.equal(whole(idx)[0], cropped(idx)[0])
 
 
-def test_dropout_is_as_asked_whatever_the_file_says(hf):
+def test_dropout_is_the_argument_and_not_that_of_the_file(hf):
     assert gpt2.find(hf[0]).load().config.dropout == 0.0
     model = gpt2.find(hf[0]).load(dropout=0.3)
     assert model.config.dropout == model.transformer.drop.p == model.transformer.h[0].attn.dropout == 0.3
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-def test_weights_may_be_converted_as_they_are_read(hf, dtype):
+def test_weights_are_converted_while_they_are_read(hf, dtype):
     model, exact = gpt2.find(hf[0]).load(dtype=dtype), gpt2.find(hf[0]).load()
     assert all(torch.equal(p, q.to(dtype)) for p, q in zip(model.parameters(), exact.parameters()))
     assert torch.get_default_dtype() == torch.float32
 
 
-def test_half_precision_weights_with_a_large_sum_are_finite():
-    model = GPT(GPTConfig(block_size=8, vocab_size=2000, n_layer=1, n_head=1, n_embd=64)).half()
-    torch.nn.init.ones_(model.transformer.wte.weight)  # they add up to 128,000, above float16's 65,504
-    assert not load_model.has_nan(model)
-    model.transformer.ln_f.weight.data[0] = torch.inf
-    assert load_model.has_nan(model)
-
-
-def test_the_model_outlives_its_files(copy):
+def test_the_model_does_not_depend_on_its_files_later(copy):
     model = gpt2.find(copy).load()
     before = [p.clone() for p in model.parameters()]
     path = copy / 'model.safetensors'
@@ -124,18 +117,19 @@ def test_the_model_outlives_its_files(copy):
 
 
 def test_no_file_of_the_program_imports_transformers():
-    for path in {*REPO.glob('*.py'), *REPO.glob('lib/*.py')} - {REPO / 'benchmarks/workloads.py'}:  # which times it
+    scripts = {*REPO.glob('*.py'), *REPO.glob('lib/**/*.py'), *REPO.glob('benchmarks/*.py')}
+    for path in scripts - {REPO / 'benchmarks/workloads.py'}:  # compares with it
         assert not re.search(r'^\s*(import|from) transformers', path.read_text(encoding='utf-8'), re.M), path
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='Linux tells how much memory is anonymous')
+@pytest.mark.skipif(not os.path.exists('/proc/self/status'), reason='needs /proc/self/status')
 def test_loading_takes_little_more_memory_than_the_model(tmp_path):
     make_hf(tmp_path, n_layer=4, n_embd=1024, n_head=8, n_positions=64, vocab_size=20_000)
     code = """
 import sys, threading, time
 sys.path.insert(0, sys.argv[1])
-from lib.weights import load_model
+from lib.weights import gpt2
 def anonymous():
     return next(int(line.split()[1]) for line in open('/proc/self/status') if line.startswith('RssAnon')) * 1024
 def watch():
@@ -146,7 +140,7 @@ torch.ones(64, 64) @ torch.ones(64, 64)
 seen, done = [anonymous()], threading.Event()
 thread = threading.Thread(target=watch)
 thread.start()
-model = load_model.pretrained(sys.argv[2])
+model = gpt2.find(sys.argv[2]).load()
 done.set()
 thread.join()
 print((max(seen) - seen[0]) / sum(p.numel() * 4 for p in model.parameters()))
@@ -155,11 +149,13 @@ print((max(seen) - seen[0]) / sum(p.numel() * 4 for p in model.parameters()))
     assert done.returncode == 0 and float(done.stdout) < 1.2, done
 
 
-# what cannot be loaded
+# What cannot be loaded
 
 def refusal(folder):
+    """Return the error message of loading the folder."""
     with pytest.raises(UserError) as caught:
         gpt2.find(folder).load()
+    assert '\n' not in caught.value.message
     return caught.value.message
 
 
@@ -206,18 +202,19 @@ def test_a_missing_file_is_named(copy):
 @pytest.mark.parametrize('key, value', [('scale_attn_by_inverse_layer_idx', True), ('n_inner', 48),
                                         ('activation_function', 'relu'), ('layer_norm_epsilon', 1e-6),
                                         ('model_type', 'gpt_neo'), ('tie_word_embeddings', False)])
-def test_an_architecture_that_would_be_computed_otherwise_is_refused(copy, key, value):
+def test_an_architecture_that_this_program_does_not_compute_is_refused(copy, key, value):
     config = json.loads((copy / 'config.json').read_text(encoding='utf-8'))
     (copy / 'config.json').write_text(json.dumps({**config, key: value}), encoding='utf-8')
     assert f'{key}={value!r}' in refusal(copy)
 
 
-def test_offline_and_not_cached_is_one_line_that_says_where_to_put_a_folder(run, tmp_path, monkeypatch):
+def test_offline_and_not_cached_is_one_line_that_names_the_remedy(run, tmp_path, monkeypatch):
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     done = run('sample.py', '--init_from=gpt2', '--device=cpu')
     assert done.status == 1 and len(done.err.splitlines()) == 1
-    assert 'gpt2 is not in the cache and cannot be downloaded' in done.err and '--init_from=FOLDER' in done.err
+    assert 'is not in the cache and cannot be downloaded' in done.err
+    assert '--init_from=FOLDER' in done.err and 'HF_ENDPOINT' in done.err
 
 
 @pytest.mark.parametrize('repository', ['openai-community--gpt2', 'gpt2'])
@@ -238,11 +235,11 @@ def test_a_partial_download_is_not_used(tmp_path, monkeypatch):
     (blobs / '0123.incomplete').write_bytes(b'half')
     monkeypatch.setattr(constants, 'HF_HUB_CACHE', str(tmp_path))
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    with pytest.raises(ValueError, match='cannot fetch gpt2'):
+    with pytest.raises(UserError, match='is not in the cache and cannot be downloaded'):
         gpt2.find('gpt2').files()
 
 
-# in the scripts
+# In the scripts
 
 FINETUNE = ('--device=cpu --dtype=float32 --init_from=hf --dataset=bpe --batch_size=2 --gradient_accumulation_steps=1 '
             '--max_iters=20 --eval_interval=10 --eval_iters=2 --learning_rate=1e-3 --decay_lr=False').split()
@@ -261,7 +258,7 @@ def finetune_dir(workdir):
     return workdir
 
 
-def test_fine_tuning_from_a_folder_lowers_the_loss_and_makes_a_checkpoint_like_any_other(run, finetune_dir):
+def test_fine_tuning_from_a_folder_lowers_the_loss_and_leaves_an_ordinary_checkpoint(run, finetune_dir):
     done = run('train.py', *FINETUNE)
     assert done.status == 0, done.err
     state = torch.load('out/ckpt.pt', weights_only=True)
@@ -273,27 +270,25 @@ def test_fine_tuning_from_a_folder_lowers_the_loss_and_makes_a_checkpoint_like_a
     assert scored.status == 0 and 'val of bpe: loss' in scored.out, scored.err
 
 
-def test_what_was_fine_tuned_is_sampled(run, finetune_dir):
-    pytest.importorskip('tiktoken')
+def test_a_fine_tuned_model_is_sampled(run, finetune_dir):
+    skip_without_gpt2()
     run('train.py', *FINETUNE, '--max_iters=2')
     done = run('sample.py', '--device=cpu', '--num_samples=2', '--max_new_tokens=3', '--start=a')
-    if 'BPE file could not be loaded' in done.err:
-        pytest.skip("GPT-2's BPE files are not here")
     assert done.status == 0 and done.out.count('-' * 15) == 2, done.err
 
 
-def test_a_context_that_was_asked_for_crops_the_model(run, finetune_dir):
+def test_a_smaller_block_size_crops_the_model(run, finetune_dir):
     run('train.py', *FINETUNE, '--max_iters=2', '--block_size=8', '--dropout=0.2')
     state = torch.load('out/last.pt', weights_only=True)
     assert state['model']['transformer.wpe.weight'].shape == (8, 8)
     assert state['model_args']['block_size'] == 8 and state['model_args']['dropout'] == 0.2
 
 
-def test_a_dataset_with_another_tokenizer_is_refused_for_a_folder_too(run, finetune_dir):
+def test_a_dataset_with_another_tokenizer_is_refused(run, finetune_dir):
     done = run('train.py', *FINETUNE, '--dataset=tiny', '--block_size=8')
     assert done.status == 2
     assert done.last_error.endswith("tiny does not fit hf: its tokenizer is char, the model's is gpt2; prepare it with "
-                                    '--tokenizer=gpt2')
+                                    '--tokenizer=gpt2'), done.last_error
 
 
 def test_a_flag_that_contradicts_the_weights_is_refused(run, finetune_dir):
@@ -308,17 +303,49 @@ def test_a_folder_with_another_vocabulary_is_refused(run, finetune_dir):
     assert done.status == 2 and "is not GPT-2's vocabulary" in done.last_error
 
 
-def test_activation_checkpointing_changes_neither_loss_nor_gradients(hf):
+def test_activation_checkpointing_works_with_imported_weights(hf):
     idx = torch.randint(61, (2, 12), generator=torch.Generator().manual_seed(0))
-    found = []
+    results = []
     for on in (False, True):
         model = gpt2.find(hf[0]).load(dropout=0.2).train()
         model.checkpoint_activations = on
         torch.manual_seed(0)
         loss = model(idx, idx)[1]
         loss.backward()
-        found.append([loss, *(p.grad for p in model.parameters())])
-    assert all(torch.equal(a, b) for a, b in zip(*found))
+        results.append([loss, *(p.grad for p in model.parameters())])
+    assert all(torch.equal(a, b) for a, b in zip(*results))
+
+
+# Names
+
+@pytest.mark.parametrize('name', ['gpt2', 'gpt2-medium', 'gpt2-large', 'gpt2-xl'])
+def test_the_hub_names_have_gpt2s_architecture(name):
+    source = gpt2.find(name)
+    config = source.config()
+    assert source.folder is None and source.tokenizer_spec() == {'kind': 'gpt2'}
+    assert (config.vocab_size, config.block_size, config.mlp, config.bias) == (50257, 1024, 'gelu_tanh', True)
+    assert config.n_embd % config.n_head == 0 and config.validate() == []
+
+
+@pytest.mark.parametrize('name', ['', 'scratch', 'resume', 'gpt3', 'nowhere/at/all'])
+def test_other_names_are_no_source(name):
+    assert gpt2.find(name) is None
+
+
+def test_config_json_gives_the_config(hf):
+    config = gpt2.find(hf[0]).config()
+    assert (config.n_layer, config.n_head, config.n_embd, config.block_size, config.vocab_size) == (2, 2, 16, 12, 61)
+
+
+def test_a_folder_without_config_json_names_it(copy):
+    (copy / 'config.json').unlink()
+    assert 'config.json not found' in refusal(copy)
+
+
+@pytest.mark.parametrize('content', ['', '{"n_layer": ', '[]', '{"n_layer": "two", "model_type": "gpt2"}'])
+def test_a_damaged_config_json_is_named(copy, content):
+    (copy / 'config.json').write_text(content, encoding='utf-8')
+    assert 'config.json is damaged' in refusal(copy)
 
 
 # Folders of other programs
