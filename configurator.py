@@ -236,6 +236,8 @@ def stop(errors):  # one line per mistake, exit status 2
 def _print_exception(kind, error, trace):  # Python then ends with status 130, which shells expect
     if issubclass(kind, KeyboardInterrupt):
         print('interrupted', file=sys.stderr)
+    elif issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
+        print(f'error: out of memory ({reason(error)})', file=sys.stderr)
     else:
         sys.__excepthook__(kind, error, trace)
 

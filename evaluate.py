@@ -60,7 +60,7 @@ def check(s):
     found = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in rules.items() if not fine]
     found += read_text.encoding_problems(s['encoding'])
     found += [f'{name}={s[name]}: there is no such file' for name in ('text', 'input')
-              if s[name] and not find_path(s[name]).is_file()]
+              if s[name] and (not find_path(s[name]).exists() or find_path(s[name]).is_dir())]
     if sum(bool(s[name]) for name in ('dataset', 'text', 'task')) > 1:
         found.append('dataset, text and task exclude each other; give one')
     if problem := device_problem(s['device']):

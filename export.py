@@ -26,6 +26,9 @@ out_dir = 'out'  # folder of the training run, relative to the working directory
 to = ''  # folder to write; '' = OUT_DIR/hf
 
 EXPRESSIBLE = {'mlp': ('gelu_tanh',)}  # options beside the default ones that transformers' GPT-2 class has
+# what this writes; config.json is written last and removed first: a folder without it is not complete
+FILES = ('config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt',
+         'chat.json', 'tokenizer_spec.json')
 
 
 def hf_config(config, tok):
@@ -112,6 +115,20 @@ def write_tokenizer(tok, folder, marks=None):
         made.model.save(str(folder))  # vocab.json and merges.txt, which older programs read
 
 
+def clear(folder):
+    """Remove an earlier export from the folder; UserError if its files are not those of an earlier export.
+
+    Stale shards or a tokenizer of another model would be read together with the new weights.
+    """
+    found = sorted(p.name for p in folder.iterdir() if p.name in FILES or p.match('*.safetensors*')
+                   or p.match('pytorch_model*'))
+    if foreign := [name for name in found if name not in FILES or not (folder / 'tokenizer_spec.json').is_file()]:
+        raise UserError(f'{folder} holds {foreign[0]}, which export.py has not written there; name another folder with '
+                        '--to')
+    for name in sorted(found, key=FILES.index):
+        (folder / name).unlink()
+
+
 def main(argv=None):
     configure(globals(), argv)
     from safetensors.torch import save_file
@@ -121,10 +138,10 @@ def main(argv=None):
     config = hf_config(model.config, tok)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / 'config.json').unlink(missing_ok=True)  # written last: a folder without it is not complete
+        clear(folder)
+        write_json(folder / 'tokenizer_spec.json', tok.spec)  # what this program reads
         with atomic_write(folder / 'model.safetensors') as temporary:
             save_file(hf_tensors(model), temporary, metadata={'format': 'pt'})
-        write_json(folder / 'tokenizer_spec.json', tok.spec)  # what this program reads
         write_json(folder / 'chat.json', marks)  # likewise; null for a model of text
         try:
             write_tokenizer(tok, folder, marks)

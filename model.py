@@ -136,8 +136,7 @@ class Linear(nn.Linear):
 
 
 class Embedding(nn.Embedding):
-    def reset_parameters(self):
-        pass  # GPT._init_weights does it
+    reset_parameters = Linear.reset_parameters  # GPT._init_weights does it
 
 
 class Dropout(nn.Dropout):

@@ -5,8 +5,7 @@
     python sample.py --temperature=0 --num_samples=1                    the most likely continuation
     python sample.py --out_dir=out-dialogue --chat                      a conversation, with a model of dialogues
 
-Python config files and --key=value flags override the settings below; flags win. The rules for choosing a token are
-in lib/generate.py.
+Config files and --key=value flags override the settings below. lib/generate.py has the rules for choosing a token.
 """
 import sys
 
@@ -53,14 +52,12 @@ def check(s):
     """Return a list of errors in the Settings `s`."""
     valid = {
         'num_samples': (s['num_samples'] >= 1, 'at least 1'),
-        'max_new_tokens': (s['max_new_tokens'] >= 0, '0 or more'),
         'temperature': (0 <= s['temperature'] < float('inf'), '0 (the most likely token) or more'),
         'top_k': (s['top_k'] >= 0, '0 (off) or more'),
         'top_p': (0 < s['top_p'] <= 1, 'above 0 and at most 1 (off)'),
         'min_p': (0 <= s['min_p'] <= 1, '0 (off) to 1'),
-        'no_repeat_ngram': (s['no_repeat_ngram'] >= 0, '0 (off) or more'),
         'repetition_penalty': (0 < s['repetition_penalty'] < float('inf'), 'above 0; 1 is off'),
-        'seed': (s['seed'] >= 0, '0 or more'),
+        **{name: (s[name] >= 0, '0 or more') for name in ('max_new_tokens', 'no_repeat_ngram', 'seed')},
         'dtype': (s['dtype'] in ('auto', 'int8', *devices.DTYPES), f'one of {", ".join(devices.DTYPES)}, int8'),
     }
     errors = [f'{name} must be {wanted}, got {s[name]}' for name, (fine, wanted) in valid.items() if not fine]

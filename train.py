@@ -5,10 +5,11 @@
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2.py
     python train.py --help                                              every setting
 
-Python config files and --key=value flags override the settings below; flags win. Ctrl-C saves and prints how to
-resume. The model is in model.py; with these two files open you see one complete training step.
+Config files and --key=value flags override the settings below. Ctrl-C saves and prints how to resume. With this file
+and model.py open you see one complete training step.
 """
 import math
+import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, fields
@@ -96,7 +97,7 @@ compile = True  # torch.compile; where it pays unless given
 backend = 'nccl'  # torch.distributed backend; nccl on CUDA and gloo on CPU unless given
 parallel = 'ddp'  # ddp | fsdp (shards a model that does not fit one GPU)
 dist_timeout = 600.0  # seconds without progress after which a run on several ranks ends
-peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured
+peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured on a GPU, no MFU on a CPU
 seed = 1337  # for weights, data order and dropout
 
 
@@ -381,7 +382,8 @@ def main(signals):
             if logged:
                 loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
                 left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
-                mfu = None if lora_rank else raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context)
+                mfu = (None if lora_rank or not peak_flops else
+                       raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context))
                 record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,
                           'grad_norm': float(grad_norm), 'tokens': p.tokens_seen, 'minutes': minutes_now()}
                 write_log('train', log.iter_line(record, elapsed / updates, left), record)
@@ -395,8 +397,7 @@ def main(signals):
     finish_trackers()
     distributed.finish()
     del lock  # held until here
-    if status:
-        raise SystemExit(status)
+    sys.exit(status)
 
 
 if __name__ == '__main__':

@@ -144,8 +144,9 @@ def talk(conversation, live, fit=lambda text: text):
             except UserError as error:  # a character that the vocabulary lacks, or a question that is too long
                 print(error.message, file=sys.stderr)
             if conversation.dropped:
-                print(f'(forgot the oldest {conversation.dropped} questions and answers: the context of '
-                      f'{conversation.block_size} tokens was full)', file=sys.stderr)
+                forgot = f'{conversation.dropped} exchanges' if conversation.dropped > 1 else 'exchange'
+                print(f'(the context of {conversation.block_size} tokens was full: forgot the oldest {forgot})',
+                      file=sys.stderr)
 
 
 def open_conversation(model, tok, state, **settings):

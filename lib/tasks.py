@@ -4,12 +4,12 @@ HellaSwag (Zellers et al. 2019, arXiv:1905.07830): which of four endings follows
 2016, arXiv:1606.06031): the last word of a text that needs all of it. A request is (context ids, continuation ids). Its
 result is (the continuation's summed loss in nats, its number of tokens, whether greedy decoding would give it).
 """
-import json
 import math
 import re
 
 from configurator import REPO, UserError
 from lib.text.download import download
+from lib.text.schema import parse_json
 
 URL = {'hellaswag': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
        'lambada': 'https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl'}
@@ -35,17 +35,37 @@ def read(task, path, limit=0):
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         if line.strip():
             try:
-                item = json.loads(line)
+                item = parse_json(line)
             except ValueError as error:
                 raise UserError(f'{path}:{number}: not JSON ({error}); expected one object per line') from None
             if not isinstance(item, dict) or not all(key in item for key in KEYS[task]):
                 raise UserError(f'{path}:{number}: expected an object with {", ".join(KEYS[task])}')
+            if problem := _item_problem(task, item):
+                raise UserError(f'{path}:{number}: {problem}')
             items.append(item)
         if len(items) == limit > 0:
             break
     if not items:
         raise UserError(f'{path} holds no items')
     return items
+
+
+def _item_problem(task, item):
+    """Return what is wrong with the values of an item; '' if its task can be asked."""
+    texts = {key: item[key] for key in KEYS[task] if key in ('text', 'ctx')}
+    if task == 'hellaswag':
+        endings = item['endings']
+        if type(endings) is not list or not endings:
+            return f'endings is {str(endings)[:40]!r}, expected a list of texts'
+        if not str(item['label']).isdecimal() or int(item['label']) >= len(endings):
+            return f'label is {str(item["label"])[:40]!r}, expected 0 to {len(endings) - 1}'
+        texts.update({f'ending {i}': ending for i, ending in enumerate(endings)})
+    for key, text in texts.items():
+        if type(text) is not str or not text.strip():
+            return f'{key} is {str(text)[:40]!r}, expected a text'
+        if not text.isprintable() and any('\ud800' <= char <= '\udfff' for char in text):
+            return f'{key} holds a lone surrogate, which is not text'
+    return ''
 
 
 def requests(task, items, tok):

@@ -202,7 +202,7 @@ def test_a_character_that_the_model_lacks_is_said_and_the_conversation_goes_on(t
 def test_forgetting_is_said(typing, capsys):
     typing(''.join(f'question number {n}\n' for n in range(5)))
     talk(conversation(Parrot('hello', block_size=100)), live=False)
-    assert 'forgot the oldest 1 questions' in capsys.readouterr().err
+    assert 'the context of 100 tokens was full: forgot the oldest exchange)' in capsys.readouterr().err
 
 
 def test_ctrl_c_stops_an_answer_and_keeps_the_conversation(capsys):

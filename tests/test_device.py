@@ -118,8 +118,12 @@ def test_peak_tflops_overrides_the_table():
     assert device.peak_flops(CPU, 2.5) == 2.5e12
 
 
-def test_an_unknown_machine_is_measured():
-    assert 1e8 < device.peak_flops(CPU) < 1e14
+def test_a_cpu_has_no_peak_to_compare_with():
+    assert device.peak_flops(CPU) == 0
+
+
+def test_an_unknown_gpu_is_measured_by_its_matrix_products():
+    assert 1e7 < device.measured_flops(torch.device('cpu'), torch.float32, n=128) < 1e14
 
 
 def test_a_gpu_whose_name_contains_a_known_name_is_measured(monkeypatch):
@@ -131,7 +135,7 @@ def test_a_gpu_whose_name_contains_a_known_name_is_measured(monkeypatch):
 
 def test_measuring_does_not_change_the_random_state():
     before = torch.get_rng_state()
-    device.measured_flops(torch.device('cpu'), torch.float32)
+    device.measured_flops(torch.device('cpu'), torch.float32, n=16)
     assert torch.equal(torch.get_rng_state(), before)
 
 

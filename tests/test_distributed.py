@@ -475,6 +475,16 @@ def test_term_to_torchrun_saves_once_at_one_step_and_the_run_continues(workdir):
 
 
 @pytest.mark.slow
+def test_ranks_save_and_end_when_torchrun_is_killed(workdir):
+    process = torchrun(workdir, [], ['--max_iters=100000', '--eval_interval=100000'])
+    wait_for(workdir / 'out' / 'last.pt', process)
+    process.kill()
+    out, err = process.communicate(timeout=60)  # the pipes are closed when the last rank has ended
+    assert 'SIGTERM: saved iter' in out + err
+    assert checkpoint.load(workdir / 'out' / 'last.pt')['iter_num'] > 0
+
+
+@pytest.mark.slow
 def test_a_killed_rank_ends_torchrun_within_seconds(workdir):  # fault 49
     kill = 'import threading; rank == 1 and threading.Timer(15, os.kill, (os.getpid(), signal.SIGKILL)).start()'
     process = torchrun(workdir, [], ['--max_iters=100000', '--eval_interval=100000'], hook=kill)

@@ -10,7 +10,8 @@ def rows():
 
 
 def test_every_fault_has_a_row_in_order():
-    assert [int(row[0]) for row in rows() if row[0]] == list(range(1, 78))
+    numbers = [int(row[0]) for row in rows() if row[0]]
+    assert numbers == list(range(1, len(numbers) + 1)) and len(numbers) >= 87
 
 
 def test_every_row_names_a_test_that_exists_and_slow_ones_say_so():
@@ -18,8 +19,8 @@ def test_every_row_names_a_test_that_exists_and_slow_ones_say_so():
         text = (REPO / 'tests' / f'test_{name}.py').read_text(encoding='utf-8')
         match = re.search(rf'((?:^@.*\n)*)^def {test.strip("`")}\(', text, re.M)
         assert match, (fault, name, test)
-        slow = 'pytest.mark.slow' in match.group(1) or 'pytestmark = pytest.mark.slow' in text
-        assert slow == ('(slow)' in fault), (fault, test)
+        slow = 'pytest.mark.slow' in match.group(1) or re.search(r'^pytestmark = \[?pytest.mark.slow', text, re.M)
+        assert bool(slow) == ('(slow)' in fault), (fault, test)
 
 
 def test_there_are_at_most_five_exceptions():

@@ -346,3 +346,131 @@ def test_a_folder_without_config_json_names_it(copy):
 def test_a_damaged_config_json_is_named(copy, content):
     (copy / 'config.json').write_text(content, encoding='utf-8')
     assert 'config.json is damaged' in refusal(copy)
+
+
+# Folders of other programs
+
+def change(path, **values):
+    """Change values of a JSON file."""
+    path.write_text(json.dumps({**json.loads(path.read_text(encoding='utf-8')), **values}), encoding='utf-8')
+
+
+def rename(folder, new_name):
+    """Give each tensor in a folder another name."""
+    tensors = safetensors_torch.load_file(folder / 'model.safetensors')
+    safetensors_torch.save_file({new_name(name): t for name, t in tensors.items()}, folder / 'model.safetensors')
+
+
+@pytest.mark.parametrize('prefix', ['', 'transformer.', 'module.transformer.', '_orig_mod.transformer.', 'model.',
+                                    '_orig_mod.module.transformer.', 'module._orig_mod.'])
+def test_prefixes_of_wrappers_and_compilers_are_dropped(hf, copy, prefix):
+    rename(copy, lambda name: prefix + name.removeprefix('transformer.'))
+    assert difference(gpt2.find(copy).load(), hf[1]) < 1e-4
+
+
+def test_a_folder_with_pytorch_model_bin_only_is_read(hf, copy):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    torch.save({**tensors, 'lm_head.weight': tensors['transformer.wte.weight'],
+                'transformer.h.0.attn.bias': torch.ones(1, 1, 12, 12, dtype=torch.uint8)}, copy / 'pytorch_model.bin')
+    (copy / 'model.safetensors').unlink()
+    assert difference(gpt2.find(copy).load(), hf[1]) < 1e-4
+
+
+def test_shards_of_pytorch_model_bin_are_read(hf, copy):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    for i in range(2):
+        torch.save(dict(list(tensors.items())[i::2]), copy / f'{i}.bin')
+    (copy / 'pytorch_model.bin.index.json').write_text(json.dumps({'weight_map': {'a': '0.bin', 'b': '1.bin'}}))
+    (copy / 'model.safetensors').unlink()
+    assert difference(gpt2.find(copy).load(), hf[1]) < 1e-4
+
+
+def test_a_pytorch_model_bin_with_a_payload_is_refused(copy, tmp_path):
+    torch.save({'a': Harm(tmp_path / 'harmed'), 'b': torch.zeros(9000)}, copy / 'pytorch_model.bin')
+    (copy / 'model.safetensors').unlink()
+    assert 'refusing' in refusal(copy) and not (tmp_path / 'harmed').exists()
+
+
+class Harm:
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_whole_weights_win_over_the_index_of_shards_that_are_gone(hf, copy):
+    (copy / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': 'gone.safetensors'}}))
+    assert difference(gpt2.find(copy).load(), hf[1]) < 1e-4
+
+
+def test_a_head_of_its_own_is_refused(copy):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    safetensors_torch.save_file({**tensors, 'lm_head.weight': tensors['transformer.wte.weight'] + 1},
+                                copy / 'model.safetensors')
+    assert 'lm_head.weight differs from the embedding' in refusal(copy)
+
+
+@pytest.mark.parametrize('name', ['score.weight', 'v_head.summary.weight', 'multiple_choice_head.summary.bias'])
+def test_a_head_for_another_task_is_named(copy, name):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    safetensors_torch.save_file({**tensors, name: torch.zeros(2, 16)}, copy / 'model.safetensors')
+    assert f'{name} belongs to a head for another task' in refusal(copy)
+
+
+def test_half_precision_is_read(hf, copy):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    safetensors_torch.save_file({n: t.bfloat16() for n, t in tensors.items()}, copy / 'model.safetensors')
+    assert difference(gpt2.find(copy).load(), hf[1]) < 0.2
+
+
+def test_quantised_weights_are_refused_by_their_dtype(copy):
+    tensors = safetensors_torch.load_file(copy / 'model.safetensors')
+    safetensors_torch.save_file({n: t.to(torch.int8) for n, t in tensors.items()}, copy / 'model.safetensors')
+    assert 'has dtype int8' in refusal(copy)
+
+
+@pytest.mark.parametrize('name', ['tf_model.h5', 'flax_model.msgpack'])
+def test_weights_of_another_library_are_named(copy, name):
+    (copy / 'model.safetensors').rename(copy / name)
+    assert f'{name} is of a kind that this program does not read' in refusal(copy)
+
+
+@pytest.mark.parametrize('files, size, reason', [
+    ({'added_tokens.json': {'<|startoftext|>': 50257, '<|pad|>': 50258}}, 50259,
+     "added_tokens.json adds 2 tokens to GPT-2's 50,257, such as '<|startoftext|>' = 50257"),
+    ({'tokenizer.json': {'model': {'vocab': {'\u0120the': 262, '\u0120gazed': 50255}},
+                         'added_tokens': [{'id': 50257, 'content': '[PAD]'}]}}, 50304, 'tokenizer.json adds 1 tokens'),
+    ({'tokenizer_config.json': {'added_tokens_decoder': {'50257': {'content': '[PAD]'}}}}, 50264, 'adds 1 tokens'),
+    ({'spiece.model': 'x'}, 52000, "another tokenizer than GPT-2's (spiece.model)"),
+    ({'mine-vocab.json': {'a': 0}}, 52000, "another tokenizer than GPT-2's (mine-vocab.json)"),
+    ({'vocab.txt': 'a'}, 50257, "another tokenizer than GPT-2's (vocab.txt)"), ({}, 52000, 'has no tokenizer'),
+    ({}, 50259, "2 tokens more than GPT-2's tokenizer"), ({'vocab.json': {'a': 0}}, 50257, "is not GPT-2's vocabulary"),
+    ({'added_tokens.json': ['a']}, 50257, 'added_tokens.json is damaged'),
+    ({'tokenizer_spec.json': {'kind': 'char', 'chars': 5}}, 50257, 'tokenizer_spec.json is damaged')])
+def test_another_vocabulary_is_refused_with_the_true_reason(copy, files, size, reason):
+    change(copy / 'config.json', vocab_size=size)
+    for name, content in files.items():
+        (copy / name).write_text(json.dumps(content), encoding='utf-8')
+    with pytest.raises(UserError) as caught:
+        gpt2.find(copy).tokenizer_spec()
+    assert reason in caught.value.message
+
+
+@pytest.mark.parametrize('size', [50257, 50264, 50304])
+def test_a_padded_vocabulary_of_gpt2_is_accepted(copy, size):
+    change(copy / 'config.json', vocab_size=size)
+    assert gpt2.find(copy).tokenizer_spec() == {'kind': 'gpt2'}
+
+
+@pytest.mark.parametrize('key', ['n_layer', 'n_embd', 'vocab_size', 'n_positions', 'n_head'])
+@pytest.mark.parametrize('value', [10**9, 10**400, -1, 2.5, 'x', None, [], True])
+def test_sizes_that_the_files_are_too_small_for_are_refused_before_a_model_is_built(copy, key, value):
+    change(copy / 'config.json', **{key: value})
+    assert 'config.json' in refusal(copy)
+
+
+@pytest.mark.parametrize('content', ['[]', '{', '[' * 100_000, '{"n_layer": ' + '9' * 5000 + '}', '"x"', 'null'])
+def test_a_config_json_that_is_none_is_one_line(copy, content):
+    (copy / 'config.json').write_text(content, encoding='utf-8')
+    assert '\n' not in refusal(copy)

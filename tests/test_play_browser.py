@@ -141,10 +141,12 @@ def test_the_bars_show_the_servers_probabilities(play, tab, folder, rules):
 
 def test_a_click_on_a_bar_adds_its_token_and_undo_takes_it_back(play, tab, folder):
     write_run(folder / 'out')
-    page = tab(play('out').address, view='#next')
+    played = play('out')
+    bar = played.ask('next', prompt='ab', temperature=0.8, top_k=200)[0]['bars'][0]
+    first = bar['text'].replace('\n', '↵').replace(' ', '␣')
+    page = tab(played.address, view='#next')
     page.fill('#prompt2', 'ab')
-    page.wait_for_selector('#bars li')
-    first = page.text_content('#bars li:first-child .tok')
+    page.wait_for_selector(f'#bars li:first-child .tok:text-is("{first}")')  # no longer the bars of an empty prompt
     page.click('#bars li:first-child button')
     page.wait_for_selector('#added:not([hidden])')
     added = page.text_content('#addedText')

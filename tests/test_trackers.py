@@ -45,7 +45,7 @@ def tensorboard_events(folder):
 
 def test_tensorboard_shows_the_numbers_of_the_log(run, workdir):
     pytest.importorskip('tensorboard')
-    run('train.py', *TINY, '--tensorboard_log=True', '--sample_interval=1')
+    run('train.py', *TINY, '--tensorboard_log=True', '--sample_interval=1', '--peak_tflops=1')
     events = tensorboard_events('out/tensorboard')
     values = {e.step: e.value for e in events.Scalars('eval/val_loss')}
     assert values == pytest.approx({r['step']: r['val_loss'] for r in evaluations()})
@@ -125,7 +125,7 @@ def wandb_files(workdir):
 def test_wandb_has_the_numbers_of_the_log_and_a_resumed_run_is_the_same_run(run, wandb_alone, monkeypatch):
     pytest.importorskip('matplotlib')
     monkeypatch.setenv('WANDB_MODE', 'offline')
-    flags = [*TINY, '--wandb_log=True', '--sample_interval=1']
+    flags = [*TINY, '--wandb_log=True', '--sample_interval=1', '--peak_tflops=1']
     first = run('train.py', *flags, '--max_iters=4')
     second = run('train.py', *flags, '--init_from=resume')
     assert 'is off' not in first.err + second.err

@@ -82,8 +82,8 @@ def report_fatal_errors():
         yield
     except UserError as error:
         raise UserError(f'rank {rank}: {error.message}' if world_size > 1 else error.message) from error
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             raise UserError(f'out of memory ({first_line(error)}). To use less: a smaller --batch_size (with '
                             '--total_batch_tokens to keep the tokens per update), --checkpoint_activations, or '
                             '--parallel=fsdp on several GPUs') from error

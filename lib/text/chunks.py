@@ -19,6 +19,7 @@ from lib.text import dialogue, read_text
 from lib.text.tokenizer import encoded, from_spec
 
 WINDOW = 10_000  # characters: how far back from the end of a chunk to look for a safe place to split
+LONGEST = 1 << 22  # characters; a document without a safe place in so many is split anywhere, in bounded memory
 SAMPLE = 20_000_000  # bytes: at most this much text trains a BPE
 
 
@@ -76,6 +77,8 @@ def gather(stream, safe_split, append_separator):
             text, rest[split] = rest[split] + text, ''
         if not is_last:
             at = safe_split(text, len(text) - WINDOW) if len(text) > WINDOW else -1
+            if at < 0 and len(text) > LONGEST:
+                at = len(text)
             if at < 0:  # no safe place yet: wait for more text
                 rest[split] = text
                 continue

@@ -33,6 +33,9 @@ def _find_files(flag, word):
         if others := advice.unreadable(path, found):
             raise UserError(f'--{flag}={word}: {others}')
     elif path.exists():
+        if not path.is_file():
+            raise UserError(f'--{flag}={word} is a pipe or device, which can be read only once, and prepare reads '
+                            'twice; save the text to a file')
         found = [path]
     else:
         matches = [Path(name) for name in glob.glob(str(path), recursive=True)]

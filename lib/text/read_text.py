@@ -12,6 +12,7 @@ from lib.text import containers, json_records
 from lib.text.tokenizer import EOT, TextError, encoded
 
 CHUNK = 1 << 20  # characters per piece of a long text
+MOST_PACKED = 1000  # text is rarely packed into a hundredth of its size, and never into a thousandth
 _CONTROL = bytes({*range(32)} - {*b'\t\n\v\f\r\x1a\x1b'})  # bytes that text files almost never contain
 # characters that most texts consist of
 _USUAL = re.compile('[\t\r\n -~\xa0-\u04ff\u2010-\u2040\u3000-\u303f\u3041-\u30ff\u4e00-\u9fff\uff00-\uff5e]')
@@ -195,11 +196,22 @@ def _parquet(path, keys, extract):
             have = [key for key in keys if key in columns] if keys else columns
             if not have:
                 extract(dict.fromkeys(columns), path)  # raises an error that lists the columns
-            for batch in file.iter_batches(batch_size=1024, columns=have):
-                for record in batch.to_pylist():
-                    yield from extract(record, path)
-    except pyarrow.ArrowException as error:
-        raise UserError(f'{path} is a damaged parquet file: {str(error).splitlines()[0]}') from None
+            for group in range(file.num_row_groups):
+                _check_group(path, file.metadata.row_group(group))
+                for batch in file.iter_batches(batch_size=1024, row_groups=[group], columns=have):
+                    for record in batch.to_pylist():
+                        yield from extract(record, path)
+    except (pyarrow.ArrowException, UnicodeDecodeError, OSError, OverflowError) as error:
+        raise UserError(f'{path} is a damaged parquet file: {(str(error).splitlines() or [""])[0]}') from None
+
+
+def _check_group(path, group):
+    """Raise UserError if a row group of a parquet file claims more than its bytes can hold, or than memory should."""
+    packed = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+    if group.total_byte_size > max(MOST_PACKED * packed, 1 << 24) or group.total_byte_size > 1 << 33 or (
+            group.num_rows > max(MOST_PACKED * packed, 1 << 24)):
+        raise UserError(f'{path}: a row group of {packed:,} bytes claims {group.num_rows:,} rows and '
+                        f'{group.total_byte_size:,} bytes; it is damaged, or made to fill the memory')
 
 
 def _hub(address, extract):

@@ -9,6 +9,9 @@ from tqdm import tqdm
 
 from lib.machine import console, files
 
+NUMBERS = {'loss', 'lr', 'grad_norm', 'tok_s', 'mfu', 'minutes', 'tokens', 'train_loss', 'val_loss', 'train_bpb',
+           'val_bpb', 'whole_train_loss', 'whole_val_loss', 'whole_val_bpb'}  # names in log.jsonl
+
 
 def say(line):
     """Print a line to stdout, above the progress bar; to stderr if stdout is lost."""
@@ -127,11 +130,18 @@ def read_log(path):
         for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
             try:
                 record = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 continue
-            if isinstance(record, dict):
+            if isinstance(record, dict) and all(_valid(name, value) for name, value in record.items()):
                 records.append(record)
     return records
+
+
+def _valid(name, value):
+    """Return whether a value of log.jsonl is of the kind that this program writes: a finite number or null."""
+    if name in ('iter', 'step'):
+        return type(value) is int and 0 <= value < 2**53
+    return name not in NUMBERS or value is None or type(value) in (int, float) and abs(value) < 1e300
 
 
 def trim_log(path, iter_num, evaluated):

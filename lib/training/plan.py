@@ -82,6 +82,8 @@ def job_from(settings, config, dtype, data=None, gpus=1):
     updates_given = s.by_flag('max_iters')
     minutes = 0.0 if updates_given and not s.by_flag('max_minutes') else s['max_minutes']
     short = 0.0 if updates_given and not s.by_flag('context_warmup') else s['context_warmup']
+    if data and data.marks:
+        short = 0.0  # dialogues are read whole
     T = config.block_size
     contexts = [(short / 2, T // 4), (short / 2, T // 2), (1 - short, T)]
     return Job(config, s['batch_size'],
@@ -90,7 +92,7 @@ def job_from(settings, config, dtype, data=None, gpus=1):
                [(fraction, context) for fraction, context in contexts if fraction],
                **{name: s[name] for name in ('eval_interval', 'eval_iters', 'optimizer', 'lora_rank',
                                              'checkpoint_activations', 'parallel')},
-               dtype=dtype, gpus=gpus, train_tokens=len(data.train) if data else 0)
+               dtype=dtype, gpus=gpus, train_tokens=data.train.epoch_tokens(T) if data else 0)
 
 
 # ---- parameters and FLOPs ----------------------------------------------------------------------------------------
@@ -276,4 +278,5 @@ def long_run_warning(minutes, limit=60):
     if minutes <= limit:
         return ''
     return (f'this run takes about {duration(minutes)}; --max_minutes=3 in place of --max_iters trains for three '
-            'minutes, and a smaller --n_layer, --n_embd or --block_size makes each update shorter')
+            'minutes, config/train_shakespeare_char.py is a recipe made for that, and a smaller --n_layer, --n_embd or '
+            '--block_size makes each update shorter')

@@ -88,6 +88,8 @@ def _check(s):
     if not s.given('min_lr'):
         s['min_lr'] = s['learning_rate'] / 10
     errors += check_values(s)
+    if not errors and (problem := _memory_problem(s)):
+        errors.append(problem)
     if not s['eval_only'] and (problem := checkpoint.folder_problem(s['out_dir'])):
         errors.append(problem)
     try:
@@ -103,6 +105,20 @@ def _check(s):
     if source and not errors:
         errors += source_mismatch(source, data)
     return errors, data, resumed
+
+
+def _memory_problem(s):
+    """Return why the weights of the model, in float32, cannot be in this machine's memory; '' if they may fit."""
+    try:
+        memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (ValueError, OSError, AttributeError):  # Windows, for example
+        return ''
+    n_params = s['n_embd'] * (s['block_size'] + 12 * s['n_layer'] * s['n_embd'])  # and the embedding of the tokens
+    needed = 4 * n_params + 20_000 * s['n_layer']  # bytes; the second part is for Python's objects
+    if needed < memory:
+        return ''
+    return (f'n_layer={s["n_layer"]}, n_embd={s["n_embd"]}, block_size={s["block_size"]} make {n_params:,} parameters '
+            f'or more: {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory')
 
 
 def check_values(s):

@@ -122,5 +122,5 @@ def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn
     job = plan.job_from(settings, model.config, rt.dtype, data, rt.world_size)
     minutes, line = plan.one_line(job, seconds * job.micro_steps / rt.world_size, n_bytes, updates_done)
     say(line)
-    if warning := plan.long_run_warning(minutes):
+    if not job.max_minutes and (warning := plan.long_run_warning(minutes)):
         warn(warning)

@@ -148,11 +148,8 @@ def save_run(rt, out_dir, state, model, *, as_best, must, say=print, warn=print)
     return not failed
 
 
-def load(path, mmap=False):
-    """Return the checkpoint at `path` on the CPU, verified; UserError names the file and what is wrong with it.
-
-    mmap: map the file into memory instead of reading it, for readers that need only a part.
-    """
+def read_archive(path, mmap=False):
+    """Return the tensors and plain values in a file of torch.save, checksums verified; UserError if it is damaged."""
     path = Path(path)
     if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6):
         raise UserError(f'torch {torch.__version__} cannot load checkpoints safely (CVE-2025-32434); '
@@ -175,14 +172,22 @@ def load(path, mmap=False):
     if bad:
         raise UserError(f'{path} is corrupt: checksum mismatch in {bad}')
     try:
-        state = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(f'{path} holds Python objects other than tensors and plain values; refusing') from error
     except Exception as error:
         raise UserError(f'{path} is damaged ({first_line(error)})') from error
+
+
+def load(path, mmap=False):
+    """Return the checkpoint at `path` on the CPU, verified; UserError names the file and what is wrong with it.
+
+    mmap: map the file into memory instead of reading it, for readers that need only a part.
+    """
+    state = read_archive(path, mmap)
     if not (isinstance(state, dict) and all(isinstance(state.get(key), dict) for key in ('model', 'model_args'))):
         raise UserError(f'{path} is not a checkpoint of this program: it has no model and model_args')
-    if problem := schema.state_problem(state, size):
+    if problem := schema.state_problem(state, Path(path).stat().st_size):
         raise UserError(f'{path} is not a checkpoint of this program: {problem}')
     plain = {strip_prefix(name): tensor for name, tensor in state['model'].items()}
     if len(plain) < len(state['model']):
@@ -241,16 +246,17 @@ def find_latest(out_dir, mmap=False):
 def folder_problem(out_dir):
     """Return why `out_dir` cannot be created or written, or '' if nothing is seen to prevent it."""
     path = Path(out_dir).absolute()
-    while not os.path.exists(path):  # unlike Path.exists, it raises nothing
-        path = path.parent
-    if not path.is_dir():
-        return f'out_dir {str(out_dir)!r} is not a writable folder ({path} is a file); choose another'
-    if not os.access(path, os.W_OK):  # which network file systems, that map users, may answer wrongly
-        try:
+    try:
+        while not os.path.exists(path):  # unlike Path.exists, it raises nothing
+            path = path.parent
+        if not path.is_dir():
+            return f'out_dir {str(out_dir)[:80]!r} is not a writable folder ({path} is a file); choose another'
+        if not os.access(path, os.W_OK):  # which network file systems, that map users, may answer wrongly
             with tempfile.TemporaryFile(dir=path):
                 pass
-        except OSError as error:
-            return f'out_dir {str(out_dir)!r} is not a writable folder ({error.strerror}); choose another'
+    except (OSError, ValueError) as error:  # not writable, too long, or with NUL
+        why = getattr(error, 'strerror', None) or error
+        return f'out_dir {str(out_dir)[:80]!r} is not a writable folder ({why}); choose another'
     return ''
 
 

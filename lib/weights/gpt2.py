@@ -1,6 +1,6 @@
 """OpenAI's GPT-2 and models in its Hugging Face layout: config, weights and tokenizer, from the hub or a folder."""
-import json
 import socket
+from collections import OrderedDict
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -10,6 +10,9 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError, find_path
+from lib.text.schema import parse_json, spec_problem
+from lib.weights import schema
+from lib.weights.checkpoint import read_archive, strip_prefix
 from model import GPT, GPTConfig
 
 SIZES = {
@@ -18,6 +21,7 @@ SIZES = {
     'gpt2-large': dict(n_layer=36, n_head=20, n_embd=1280),  # 774M
     'gpt2-xl': dict(n_layer=48, n_head=25, n_embd=1600),  # 1558M
 }
+N_IDS, LARGEST_PADDED = 50257, 51200  # GPT-2's tokens, and the largest padded size that is in use
 
 
 @dataclass
@@ -33,10 +37,10 @@ class Source:
         """Return (path, parsed content) of a JSON file in the folder, or (path, None) if it does not exist."""
         path = self.folder / filename
         try:
-            return path, json.loads(path.read_text(encoding='utf-8'))
+            return path, parse_json(path.read_text(encoding='utf-8'))
         except FileNotFoundError:
             return path, None
-        except (ValueError, OSError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from error
 
     def config(self):
@@ -48,9 +52,11 @@ class Source:
             raise self.error(f'{path} not found; the folder must hold config.json and model.safetensors')
         defaults = {'block_size': 1024, 'vocab_size': 50257, **SIZES['gpt2']}  # those of transformers' GPT2Config
         try:
-            sizes = {ours: int(have.get({'block_size': 'n_positions'}.get(ours, ours), default))
+            sizes = {ours: have.get({'block_size': 'n_positions'}.get(ours, ours), default)
                      for ours, default in defaults.items()}
-        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            if odd := [name for name, size in sizes.items() if type(size) is not int]:
+                raise ValueError(f'{odd[0]} is not a whole number')
+        except (ValueError, AttributeError) as error:
             raise self.error(f'{path} is damaged ({error})') from None
         supported = {
             'model_type': ('gpt2',), 'layer_norm_epsilon': (1e-5,), 'n_inner': (None, 4 * sizes['n_embd']),
@@ -71,36 +77,77 @@ class Source:
         """
         if not self.folder:
             return {'kind': 'gpt2'}
-        _, spec = self.read_json('tokenizer_spec.json')
+        path, spec = self.read_json('tokenizer_spec.json')
         if spec is not None:
+            if problem := spec_problem(spec):
+                raise self.error(f'{path} is damaged: its tokenizer {problem}')
             return spec
-        path, vocabulary = self.read_json('vocab.json')
-        try:
-            if vocabulary is None:
-                path, content = self.read_json('tokenizer.json')
-                vocabulary = content and content['model']['vocab']
-            known = not vocabulary or vocabulary.items() >= {'\u0120the': 262, '\u0120gazed': 50255}.items()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from error
-        if not known:
-            raise self.error(f"{path} is not GPT-2's vocabulary, the only one that this program reads")
+        self._check_tokenizer_is_gpt2s()
         return {'kind': 'gpt2'}
+
+    def _check_tokenizer_is_gpt2s(self):
+        """Raise UserError if the files in the folder show another vocabulary than GPT-2's 50,257 tokens."""
+        vocabulary, added = {}, {}
+        for filename in ('vocab.json', 'tokenizer.json', 'added_tokens.json', 'tokenizer_config.json'):
+            path, content = self.read_json(filename)
+            try:
+                if filename == 'vocab.json':
+                    vocabulary = content or {}
+                elif filename == 'added_tokens.json':
+                    added.update(content or {})
+                elif filename == 'tokenizer.json' and content:
+                    vocabulary = vocabulary or content['model']['vocab']
+                    added.update({token['content']: token['id'] for token in content.get('added_tokens', ())})
+                elif content:
+                    decoder = content.get('added_tokens_decoder') or {}
+                    added.update({token['content']: int(number) for number, token in decoder.items()})
+                known = not vocabulary or vocabulary.items() >= {'\u0120the': 262, '\u0120gazed': 50255}.items()
+                beyond = sorted((number, token) for token, number in {**vocabulary, **added}.items() if number >= N_IDS)
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from error
+            if not known:
+                raise self.error(f"{path} is not GPT-2's vocabulary, the only one that this program reads")
+            if beyond:
+                raise self.error(f"{path} adds {len(beyond)} tokens to GPT-2's {N_IDS:,}, such as {beyond[0][1]!r} = "
+                                 f'{beyond[0][0]}; this program can neither read nor write them')
+        others = sorted(p.name for p in self.folder.iterdir() if p.suffix in ('.model', '.bpe.model', '.spm')
+                        or p.name == 'vocab.txt' or p.name.endswith(('-vocab.json', '_vocab.json', '-vocab.txt')))
+        if others and not vocabulary:
+            raise self.error(f"{self.folder} has another tokenizer than GPT-2's ({others[0]}), and this program reads "
+                             'only that one')
+        _, config = self.read_json('config.json')
+        size = (config or {}).get('vocab_size', N_IDS)
+        if size > N_IDS and size % 8:  # multiples of 8 and more are made for speed; nothing is ever added in them
+            raise self.error(f"config.json has vocab_size={size}: {size - N_IDS} tokens more than GPT-2's tokenizer, "
+                             'and the folder has no file that names them')
+        if size > LARGEST_PADDED and not vocabulary:
+            raise self.error(f"config.json has vocab_size={size}, GPT-2's tokenizer has {N_IDS:,}, and the folder has "
+                             'no tokenizer')
 
     def files(self):
         """Return the paths of the safetensors files; UserError with the remedy if they cannot be found."""
         if not self.folder:
             return [self._download()]
-        path, index = self.read_json('model.safetensors.index.json')
-        names = ['model.safetensors']
-        if index is not None:
+        for single in ('model.safetensors', 'pytorch_model.bin'):
+            if (self.folder / single).is_file():
+                return [self.folder / single]
+            path, index = self.read_json(f'{single}.index.json')
+            if index is None:
+                continue
             try:
                 names = sorted(set(index['weight_map'].values()))
-            except (KeyError, TypeError, AttributeError) as error:
+                if odd := [name for name in names if Path(name).name != name]:
+                    raise ValueError(f'{odd[0]!r} is not the name of a file')
+            except (KeyError, TypeError, AttributeError, ValueError) as error:
                 raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from None
-        missing = [name for name in names if not (self.folder / name).is_file()]
-        if missing:
-            raise self.error(f'{self.folder / missing[0]} not found; copy it from where config.json came from')
-        return [self.folder / name for name in names]
+            if missing := [name for name in names if not (self.folder / name).is_file()]:
+                raise self.error(f'{self.folder / missing[0]} not found; copy it from where config.json came from')
+            return [self.folder / name for name in names]
+        unknown = ('.h5', '.msgpack', '.onnx', '.gguf', '.ot')
+        found = sorted(p.name for p in self.folder.iterdir() if p.suffix in unknown)
+        has = f'. {found[0]} is of a kind that this program does not read' if found else ''
+        raise self.error(f'{self.folder / "model.safetensors"} not found, nor pytorch_model.bin; copy it from where '
+                         f'config.json came from{has}')
 
     def _download(self):
         from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
@@ -131,17 +178,29 @@ class Source:
         """
         config = self.config()
         config.dropout = dropout
+        paths, head = self.files(), None
+        size = sum(Path(path).stat().st_size for path in paths)
+        if self.folder and size > 1000 and (problem := schema.size_problem(config, size, size // 1000)):
+            raise self.error(f'config.json does not belong to {paths[0]}: {problem} bytes')
         model = uninitialized(config, dtype)
         missing = dict(model.named_parameters())
-        for path in self.files():
+        for path in paths:
             for name, tensor in self._tensors(path):
-                stem, _, leaf = name.removeprefix('transformer.').rpartition('.')
-                if stem.endswith('.attn') or stem == 'lm_head':
-                    continue  # buffers of the causal mask; the head, which is the embedding
+                plain = strip_prefix(name).removeprefix('transformer.')
+                stem, _, leaf = plain.rpartition('.')
+                if stem.endswith('.attn'):
+                    continue  # buffers of the causal mask
+                if problem := schema.tensor_problem(tensor):
+                    raise self.error(f'{path}: {name} {problem}')
+                tensor = tensor.to(dtype)  # before the transposition: torch transposes fast if the dtypes agree
+                if plain == 'lm_head.weight':
+                    head = tensor
+                    continue
                 target = missing.pop(f'transformer.{stem}.{leaf}', None)
                 if target is None:
+                    if not stem.startswith(('h.', 'wte', 'wpe', 'ln_f')):
+                        raise self.error(f'{path}: {name} belongs to a head for another task than writing text')
                     raise self.error(f'{path}: unexpected tensor {name}; does config.json belong to this model?')
-                tensor = tensor.to(dtype)  # before the transposition: torch transposes fast if the dtypes agree
                 if stem.startswith('h.') and leaf == 'weight':
                     tensor = tensor.t()  # Conv1D stores (in, out), Linear (out, in); vectors are unchanged
                 if target.shape != tensor.shape:
@@ -150,12 +209,20 @@ class Source:
                 target.copy_(tensor)
         if missing:
             raise self.error(f'{path} lacks {len(missing)} tensors of the model, e.g. {next(iter(missing))}')
+        if head is not None and not torch.equal(head, model.transformer.wte.weight):
+            raise self.error(f'{path}: lm_head.weight differs from the embedding, which is the output head of a GPT-2')
         if block_size:
             crop_block_size(model, block_size)
         return model.eval()
 
     def _tensors(self, path):
-        """Yield (name, tensor) of a safetensors file; tensors are mapped, not read. UserError if it is cut off."""
+        """Yield (name, tensor) of a safetensors or torch file; tensors are mapped, not read. UserError if damaged."""
+        if Path(path).suffix == '.bin':
+            content = read_archive(path, mmap=True)
+            if type(content) not in (dict, OrderedDict) or not all(type(name) is str for name in content):
+                raise self.error(f'{path} is not a dictionary of tensors')
+            yield from content.items()
+            return
         from safetensors import SafetensorError, safe_open
         try:
             with safe_open(path, framework='pt') as file:
@@ -214,7 +281,7 @@ def _describe_damage(path, error):
     try:  # eight bytes give the length of a JSON header, which gives the offsets of each tensor after it
         with open(path, 'rb') as file:
             start = 8 + int.from_bytes(file.read(8), 'little')
-            header = json.loads(file.read(min(start - 8, size)))
+            header = parse_json(file.read(min(start - 8, size)))
         ends = {name: start + entry['data_offsets'][1] for name, entry in header.items() if name != '__metadata__'}
         name = next(name for name, end in sorted(ends.items(), key=lambda item: item[1]) if end > size)
         return f'is cut off in {name} ({size:,} of {max(ends.values()):,} bytes)'

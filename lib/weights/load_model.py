@@ -62,6 +62,8 @@ def load_model(init_from, out_dir, dtype=torch.float32):
     elif source:
         path, model, spec = init_from, source.load(dtype=dtype), source.tokenizer_spec()
         state = {'chat': source.read_json('chat.json')[1]} if source.folder else {}
+        if problem := schema.marks_problem(state.get('chat')):
+            raise UserError(f'{path}/chat.json: {problem}')
     else:
         raise UserError(f'init_from={init_from!r}: expected resume, {", ".join(gpt2.SIZES)}, or a folder with '
                         'ckpt.pt, or with config.json and model.safetensors')

@@ -102,10 +102,19 @@ STATE = {  # key of a checkpoint -> (is its value valid?, what is expected)
     'origins': (lambda value: type(value) is dict and all(type(v) is str for kv in value.items() for v in kv),
                 'a dictionary of texts'),
     'data': (_data, 'name, vocab_size, train and val of a dataset'),
+    'chat': (lambda value: marks_problem(value) == '', 'the marks of dialogues'),
     'rng': (_random_states, 'a list of random states'),
     'scaler': (_scaler, 'the state of a GradScaler'),
     'optimizer': (_optimizer, 'the state of an optimizer'),
 }
+
+
+def marks_problem(marks):
+    """Return what is wrong with the marks of dialogues from a file, None for a model of text."""
+    names = ('user', 'assistant', 'end')
+    if marks is None or type(marks) is dict and all(type(marks.get(name)) is str and marks[name] for name in names):
+        return ''
+    return f'expected texts for {", ".join(names)}'
 
 
 def tensor_problem(tensor, dtypes=FLOATS):
