@@ -344,7 +344,7 @@ class GPT(nn.Module):
     def param_groups(self, weight_decay, muon=False):
         """Return optimizer groups in nanoGPT's order: 2-D parameters with weight decay, then the others without.
 
-        muon: the blocks' matrices come first, with use_muon=True and `splits`: how many are stacked, 3 in c_attn, else 1.
+        muon: the matrices of the blocks come first, with use_muon=True and `splits`: 3 for the stacked c_attn, else 1.
         """
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         is_matrix = {name: muon and p.dim() == 2 and name.startswith('transformer.h.') for name, p in named}
