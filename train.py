@@ -386,8 +386,8 @@ def main(signals):
             if logged:
                 loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
                 left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
-                mfu = (None if lora_rank or not peak_flops else
-                       raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context))
+                mfu = None if lora_rank or not peak_flops else (  # the fraction of the devices' peak that is used
+                    raw_model.flops_per_token(context) * tok_s / rt.world_size / peak_flops)
                 record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,
                           'grad_norm': float(grad_norm), 'tokens': p.tokens_seen, 'minutes': minutes_now()}
                 write_log('train', log.iter_line(record, elapsed / updates, left), record)

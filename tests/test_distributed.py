@@ -394,6 +394,56 @@ def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
         torch.distributed.destroy_process_group()
 
 
+# Muon, and how the ranks share an evaluation
+
+RECORD_EVALUATIONS = """
+import torch
+from lib.text import dataset
+real = dataset.Split.batch
+def batch(self, starts, block_size):
+    if not torch.is_grad_enabled():
+        with open(f'evaluated-{rank}', 'a', encoding='utf-8') as file:
+            print(self.path.stem, block_size, *starts, file=file)
+    return real(self, starts, block_size)
+dataset.Split.batch = batch
+"""
+
+
+@pytest.fixture(scope='module')
+def with_muon():
+    """Where one run with Muon, by one process and by two, is kept for the tests below."""
+    return []
+
+
+@pytest.fixture
+def muon_runs(workdir, with_muon):
+    """Working directories of a run with Muon: [one process, two ranks]; they recorded what they evaluated."""
+    if not with_muon:
+        for n in (1, 2):
+            folder = workdir / f'by-{n}'
+            shutil.copytree(workdir / 'data', folder / 'data')
+            ended = Ranks(n, 'train.py', *FLAGS, '--optimizer=muon', '--eval_iters=4', cwd=folder,
+                          hook=RECORD_EVALUATIONS).wait()
+            assert {status for status, _, _ in ended} == {0}, ended
+            with_muon.append(folder)
+    return with_muon
+
+
+def test_two_ranks_train_with_muon_as_one_does(muon_runs):
+    one, two = ((load(folder / 'out' / 'last.pt')) for folder in muon_runs)
+    assert alike(muon_runs[0] / 'out', muon_runs[1] / 'out')
+    for name, p in one['model'].items():
+        torch.testing.assert_close(two['model'][name], p, rtol=1e-2, atol=1e-3)  # Muon multiplies in bfloat16
+
+
+def test_two_ranks_share_the_batches_of_an_evaluation_without_overlap(muon_runs):
+    def evaluated(folder, rank):
+        return (folder / f'evaluated-{rank}').read_text(encoding='utf-8').splitlines()
+    whole, parts = evaluated(muon_runs[0], 0), [evaluated(muon_runs[1], rank) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)  # each batch as often as in one process
+    assert abs(len(parts[0]) - len(parts[1])) <= 6  # 2 splits in 3 evaluations
+
+
 # torchrun itself
 
 LAUNCHED = [*TINY, '--dropout=0.2', '--gradient_accumulation_steps=2', '--decay_lr=False', '--dist_timeout=60',

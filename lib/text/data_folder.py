@@ -60,12 +60,11 @@ def read_meta(path):
         for split in SPLITS:
             for key, kind in (('n_tokens', int), ('n_bytes', int), ('max_id', int), ('sha256', str)):
                 value = meta['splits'][split][key]
-                if type(value) is not kind and not (key == 'n_bytes' and value is None):  # None: unknown
+                right = type(value) is kind and (kind is str or 0 <= value < 2**53)
+                if not right and not (key == 'n_bytes' and value is None):  # None: unknown
                     raise ValueError(f'{key} of {split} is {value!r}')
-                if kind is int and not 0 <= (value or 0) < 2**53:
-                    raise ValueError(f'{key} of {split} is {value}')
         if type(meta.get('source', '')) is not str:
-            raise ValueError(f'source is a {type(meta["source"]).__name__}')
+            raise ValueError('source is not text')
         if meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError(f'dtype is {meta["dtype"]!r}')
         vocab_size = from_spec(meta['tokenizer']).vocab_size
@@ -249,14 +248,11 @@ def write(path, tokenizer, chunks, source='', marks=None):
     """Write train.bin, val.bin, their masks if there are marks, and meta.json to folder `path`, all of them or none.
 
     chunks: an iterable of (split, ids, n_chars, n_bytes), with marks also mask, answer_bytes. source: the name of the
-    text, as the user gave it. Returns (the contents of meta.json, n_chars of the whole text). UserError if a split
-    gets no token, or if another process is writing to the folder.
+    text, as the user gave it. Returns (meta.json, n_chars). UserError if a split is empty or the folder is in use.
     """
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with files.alone_in(path) as locked:
-            for old in files.leftovers(path, FILES) if locked else ():  # of a prepare that was killed
-                old.unlink()
+        with files.alone_in(path, FILES):
             return _write(path, tokenizer, chunks, source, marks)
     except BlockingIOError:
         raise UserError(f'another process is preparing {path}; wait for it, or choose another --name=...') from None
