@@ -231,3 +231,24 @@ def test_a_clock_that_is_set_back_does_not_stop_the_bar(monkeypatch):
     monkeypatch.setattr(time, 'time', lambda: now() - 3600)
     assert 0 <= bar.format_dict['elapsed'] < 60
     bar.close()
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_whole_lines(tmp_path, monkeypatch):
+    import resource
+    import signal
+
+    from lib.training import log
+    from lib.training.log import append_log, read_log
+    monkeypatch.setattr(log, 'warn_once', lambda line: None)  # the limit would hold for captured lines, too
+    path, before = tmp_path / 'log.jsonl', resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_log(path, {'iter': 0})
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        append_log(path, {'iter': 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    append_log(path, {'iter': 2})
+    assert [record['iter'] for record in read_log(path)] == [0, 2]
+    assert path.read_text(encoding='utf-8').count('\n') == 2

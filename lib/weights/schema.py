@@ -215,6 +215,8 @@ def optimizer_problem(optimizer, saved):
     for i, moments in saved['state'].items():
         if not _whole(i) or i >= len(owners):
             return f'has a parameter number {str(i)[:40]}, the model has {len(owners)}'
+        if not moments:  # saved before the first update
+            continue
         (p, group), names = owners[i], {'exp_avg', 'exp_avg_sq'}
         if group.get('use_muon'):
             names = {'momentum'}
