@@ -3,6 +3,7 @@ import copy
 import io
 import json
 import math
+import os
 import pickle
 import random
 import zipfile
@@ -410,3 +411,30 @@ def test_a_download_that_trickles_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(download.urllib.request, 'urlopen', lambda *_, **__: Reply(b'a' * 1000))
     with pytest.raises(UserError, match='only 4 bytes in 80 seconds'):
         download.download('http://a/', tmp_path / 'x')
+
+
+# Pipes, and characters that look alike
+
+def test_a_prompt_and_a_text_to_evaluate_are_read_from_a_pipe(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out').mkdir()
+    torch.save(make_state(), tmp_path / 'out' / 'ckpt.pt')
+    for script, flag in (('sample.py', '--start=FILE:'), ('evaluate.py', '--text=')):
+        reader, writer = os.pipe()
+        os.write(writer, b'abcdefgh' * 10)
+        os.close(writer)
+        done = run(script, f'{flag}/dev/fd/{reader}', '--device=cpu', *['--num_samples=1'] * (script == 'sample.py'))
+        os.close(reader)
+        assert done.status == 0, done.err
+
+
+def test_a_pipe_as_input_of_prepare_is_refused_with_the_reason(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(UserError, match='can be read only once, and prepare reads twice'):
+        inputs.find('input', [str(tmp_path / 'pipe')], tmp_path)
+
+
+def test_a_character_that_the_text_writes_as_two_is_explained():
+    from lib.text.tokenizer import CharTokenizer
+    with pytest.raises(UserError, match='the text writes it as .e. [+] .*u0301'):
+        CharTokenizer('e\u0301x').encode('\xe9')
