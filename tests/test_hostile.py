@@ -193,6 +193,7 @@ def test_wrong_values_in_every_field_of_a_checkpoint_are_refused_or_do_no_harm(s
 @pytest.mark.parametrize('place, wrong', [
     (('iter_num',), 'abc'), (('iter_num',), math.nan), (('iter_num',), -1), (('tokens_seen',), 2**70),
     (('history',), [['a', 1, 2]]), (('history',), [[5, 1.0, 2.0]]), (('best_val_loss',), math.nan),
+    (('best_val_loss',), torch.zeros(3)),
     (('optimizer',), {'state': {}}), (('tokenizer',), {'kind': ['char']}), (('data', 'train'), [2000]),
     (('rng',), [{'cpu': torch.zeros(3)}]), (('scaler',), {'scale': 'x'}), (('origins',), {'a': 1})])
 def test_a_field_of_another_type_is_named(states, tmp_path, place, wrong):
@@ -438,3 +439,13 @@ def test_a_character_that_the_text_writes_as_two_is_explained():
     from lib.text.tokenizer import CharTokenizer
     with pytest.raises(UserError, match='the text writes it as .e. [+] .*u0301'):
         CharTokenizer('e\u0301x').encode('\xe9')
+
+
+def test_a_folder_whose_name_looks_like_a_formula_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('o$\\frac5$', 'b$^$'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.jsonl').write_text(
+            '{"iter": 0, "loss": 2.5}\n{"step": 0, "train_loss": 2.5, "val_loss": 2.6}\n')
+    assert run('plot.py', 'o$\\frac5$').status == 0
+    assert run('plot.py', 'o$\\frac5$', 'b$^$').status == 0
