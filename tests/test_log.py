@@ -216,3 +216,18 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
     for i in range(2):
         log.append_log(tmp_path, {'iter': i})  # a folder
     assert capsys.readouterr().err.count('warning: could not write') == 1
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_bar(monkeypatch):
+    import io
+    import time
+
+    from lib.training import log
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(log.sys, 'stderr', screen)
+    bar = log.progress_bar(100)
+    now = time.time
+    monkeypatch.setattr(time, 'time', lambda: now() - 3600)
+    assert 0 <= bar.format_dict['elapsed'] < 60
+    bar.close()

@@ -88,9 +88,15 @@ def _sync(path, flags):
     """Wait until the file or folder at `path` is on disk."""
     fd = os.open(path, flags)
     try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync(fd):
+    """Wait until an open file is on disk, if its file system can do that."""
+    try:
         os.fsync(fd)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-    finally:
-        os.close(fd)

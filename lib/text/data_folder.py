@@ -17,6 +17,7 @@ import numpy as np
 
 from configurator import REPO, UserError
 from lib.machine import files
+from lib.machine.files import sync
 from lib.text import dialogue
 from lib.text.schema import load_plain_pickle, parse_json, spec_problem
 from lib.text.tokenizer import CharTokenizer, TextError, from_spec
@@ -143,7 +144,11 @@ def _read_ids(path, dtype, expected, vocab_size):
     _check_contents(path, dtype, expected)
     mapped = path.stat().st_size >= IN_MEMORY
     if mapped:
-        ids, sha256 = np.memmap(path, dtype=dtype, mode='r'), expected.get('sha256', '')
+        try:
+            ids = np.memmap(path, dtype=dtype, mode='r')
+        except OSError:  # ENODEV: some FUSE and shared folders cannot map files
+            ids = np.fromfile(path, dtype=dtype)
+        sha256 = expected.get('sha256', '')
         max_id = expected.get('max_id', 0)  # Split.batch checks every batch, so this file need not be scanned
     else:
         raw = path.read_bytes()
@@ -233,7 +238,7 @@ class _SplitWriter:
     def finish(self):
         """Write everything to the disk and return the facts."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file.fileno())
         self.file.close()
         return {'n_tokens': self.n_tokens, 'n_bytes': self.n_bytes, 'max_id': self.max_id,
                 'sha256': self.hash.hexdigest()}
@@ -282,7 +287,7 @@ def _write(path, tokenizer, chunks, source, marks):
         with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
             json.dump(meta, file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         unfinished = path / 'UNFINISHED'
         unfinished.touch()
         for name, file in writers.items():

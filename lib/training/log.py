@@ -3,6 +3,7 @@ import functools
 import json
 import math
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -175,8 +176,11 @@ def _bar(items=None, show=True, **options):
         disable = True
     elif kernel:
         disable = False
-    return tqdm(items, disable=disable, leave=False, miniters=0, file=sys.stdout if kernel else sys.stderr,
-                mininterval=0.5 if kernel else 0.1, ncols=100 if kernel else None, dynamic_ncols=not kernel, **options)
+    bar = tqdm(items, disable=disable, leave=False, miniters=0, file=sys.stdout if kernel else sys.stderr,
+               mininterval=0.5 if kernel else 0.1, ncols=100 if kernel else None, dynamic_ncols=not kernel, **options)
+    if not bar.disable:  # a clock that is set must not stop the bar
+        bar._time, bar.start_t, bar.last_print_t = time.monotonic, time.monotonic(), time.monotonic()
+    return bar
 
 
 def progress_bar(total, show=True):

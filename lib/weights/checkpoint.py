@@ -191,7 +191,7 @@ def find_latest(out_dir, mmap=False):
 
 
 def _exists(path):
-    """Return whether there is such a file or folder; OSError for a name that none can have, such as a long one."""
+    """Return whether there is a file or folder; OSError for a name that no file can have, for example one too long."""
     try:
         os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
