@@ -19,7 +19,7 @@ from configurator import REPO, UserError
 from lib.machine import files
 from lib.machine.files import sync
 from lib.text import dialogue
-from lib.text.schema import load_plain_pickle, parse_json, spec_problem
+from lib.text.schema import nanogpt_chars, parse_json
 from lib.text.tokenizer import CharTokenizer, TextError, from_spec
 
 IN_MEMORY = 256 * 2**20  # bytes; a smaller .bin file is read whole and its sha256 checked, a larger one is mapped
@@ -86,17 +86,9 @@ def from_nanogpt_meta(path):
     """Return the character tokenizer in nanoGPT's meta.pkl in folder `path`; TextError if it is anything else."""
     path = Path(path) / 'meta.pkl'
     try:
-        itos = load_plain_pickle(path.read_bytes())['itos']
-        tokens = [itos[i] for i in range(len(itos))]
-        chars = ''.join(tokens)
+        chars = nanogpt_chars(path.read_bytes())
     except ValueError as error:
         raise TextError(f'{path} {error}') from None
-    except (LookupError, TypeError) as error:
-        raise TextError(f"{path} is not nanoGPT's character table ({type(error).__name__}: {error})") from None
-    if any(len(token) != 1 for token in tokens):
-        raise TextError(f'{path} has tokens of several characters; only one character per id is supported')
-    if problem := spec_problem({'kind': 'char', 'chars': chars}):
-        raise TextError(f'{path}: {problem}')
     return CharTokenizer(chars)
 
 

@@ -80,3 +80,21 @@ def load_plain_pickle(data):
         raise
     except Exception as error:  # a damaged pickle can raise almost anything
         raise ValueError(f"is not nanoGPT's character table ({type(error).__name__}: {error})") from None
+
+
+def nanogpt_chars(data):
+    """Return the characters in nanoGPT's meta.pkl, given as bytes, in the order of their ids.
+
+    ValueError, to be shown after the name of the file, if it is anything else.
+    """
+    table = load_plain_pickle(data)
+    try:
+        tokens = [table['itos'][i] for i in range(len(table['itos']))]
+        chars = ''.join(tokens)
+    except (LookupError, TypeError) as error:
+        raise ValueError(f"is not nanoGPT's character table ({type(error).__name__}: {error})") from None
+    if any(len(token) != 1 for token in tokens):
+        raise ValueError('has tokens of several characters; only one character per id is supported')
+    if problem := spec_problem({'kind': 'char', 'chars': chars}):
+        raise ValueError(f"is not nanoGPT's character table: {problem}")
+    return chars
