@@ -4,6 +4,7 @@
     python evaluate.py --init_from=gpt2 --text=book.txt --stride=512 a text file; each token sees 512 or more before it
     python evaluate.py --init_from=gpt2-xl --task=hellaswag          downloads the public file once
     python evaluate.py --task=lambada --input=lambada_test.jsonl     or reads a local one
+    python evaluate.py --out_dir=out-shakespeare --samples=20        how much it copies from the training text
 
 Losses are means over tokens, in nats. Windows of block_size tokens start every `stride` tokens; each one scores the
 tokens that no earlier window has scored. With the default, block_size, they do not overlap, as in train.py's final
@@ -17,7 +18,8 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError, configure, find_path
-from lib import tasks
+from lib import novelty, tasks
+from lib.generate import generate
 from lib.machine import runtime
 from lib.machine.device import DTYPES, device_problem, pick_device
 from lib.text import dataset as datasets
@@ -39,6 +41,7 @@ stride = 0  # tokens between the starts of windows, 1 to block_size; 0 = block_s
 task = ''  # hellaswag | lambada; '' = none
 input = ''  # the task's JSON lines in a local file; '' = download them to data/TASK/
 limit = 0  # items of the task, from its beginning; 0 = all
+samples = 0  # generate this many texts of 500 tokens; report what is copied from the training split; 0 = off
 
 # machine
 batch_size = 8  # windows, or texts of a task, per batch; lower it if memory is short
@@ -53,6 +56,7 @@ def check(s):
         'split': (s['split'] in ('train', 'val'), 'train or val'),
         'stride': (s['stride'] >= 0, '0 (block_size) or more'),
         'task': (s['task'] in ('', *tasks.URL), f'one of {", ".join(tasks.URL)}'),
+        'samples': (s['samples'] >= 0, '0 (off) or more'),
         'limit': (s['limit'] >= 0, '0 (all) or more'),
         'batch_size': (s['batch_size'] >= 1, 'at least 1'),
         'dtype': (s['dtype'] in ('auto', *DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
@@ -63,6 +67,8 @@ def check(s):
               if s[name] and (not find_path(s[name]).exists() or find_path(s[name]).is_dir())]
     if sum(bool(s[name]) for name in ('dataset', 'text', 'task')) > 1:
         found.append('dataset, text and task exclude each other; give one')
+    if s['samples'] and (s['text'] or s['task']):
+        found.append('samples are compared with a dataset; leave text and task out')
     if problem := device_problem(s['device']):
         found.append(problem)
     return found
@@ -156,15 +162,35 @@ def split_of_text(tok):
     return datasets.Split(path, ids, len(content.encode()), '', tok.vocab_size)
 
 
-def split_of_dataset(tok, state, block_size):
-    """Return (name, datasets.Split) of the dataset; UserError if its tokens are not the model's."""
+def open_data(tok, state, block_size):
+    """Return the datasets.Dataset to measure on; UserError if its tokens are not the model's."""
     trained_on = state.get('config', {}).get('dataset', 'openwebtext')
     data = datasets.open_dataset(dataset or trained_on, block_size, any_length=True)
     if data.tokenizer != tok.spec:
         advice = 'leave --dataset out' if dataset not in ('', trained_on) else 'prepare it as for the training'
         raise UserError(f'dataset {data.name} does not fit this model: {describe_mismatch(data.tokenizer, tok.spec)}; '
                         f"{advice}, or give a text with --text=FILE, which is read with the model's tokenizer")
+    return data
+
+
+def split_of_dataset(tok, state, block_size):
+    """Return (name, datasets.Split) of the dataset."""
+    data = open_data(tok, state, block_size)
     return f'{split} of {data.name}', getattr(data, split)
+
+
+def run_samples(model, tok, state):
+    """Return the lines that say how much of generated text is copied from the training split (lib/novelty.py)."""
+    data = open_data(tok, state, model.config.block_size)
+    train, held_out = data.train.tokens, data.val.tokens
+    length = min(500, len(held_out))
+    tokens = generate(model, tok.start_ids, samples, length, valid_vocab=tok.vocab_size, temperature=0.8, top_k=200)
+    generated = torch.stack(list(log.progress(tokens, length, 'tokens')), dim=1).cpu().numpy()  # (samples, length)
+    if (generated < 0).any():
+        raise UserError(f'the model computes NaN or infinity in {model.dtype}; try --dtype=float32')
+    starts = np.linspace(0, len(held_out) - length, samples).astype(int)
+    real = [held_out[start:start + length] for start in starts]
+    return '\n'.join(novelty.report(list(generated), real, train, tok.decode))
 
 
 def run_text(model, tok, rt, state):
@@ -192,7 +218,10 @@ def main(argv=None):
     if compile:
         model = torch.compile(model)
     print(f'device: {rt.description}')
-    print(run_task(model, tok, rt) if task else run_text(model, tok, rt, state))
+    if samples:
+        print(run_samples(model.eval(), tok, state))
+    else:
+        print(run_task(model, tok, rt) if task else run_text(model, tok, rt, state))
 
 
 if __name__ == '__main__':

@@ -184,3 +184,11 @@ def test_a_bin_truncated_while_training_is_reported_in_one_line(run, workdir, mo
     done = run('train.py', *TINY)
     assert done.status == 1 and 'train.bin was truncated while it was being read' in done.last_error
     assert load('out/last.pt')['iter_num'] == 0
+
+
+def test_a_mapped_file_that_was_renamed_during_a_run_is_read_to_the_end(tmp_path):
+    path = tmp_path / 'train.bin'
+    np.arange(100, dtype='<u2').tofile(path)
+    split = Split(path, np.memmap(path, '<u2', 'r'), 0, '', 100)
+    path.rename(tmp_path / 'moved.bin')
+    assert split.batch(np.array([3]), 2)[0].tolist() == [[3, 4]]

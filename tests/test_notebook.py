@@ -80,6 +80,8 @@ def clone(tmp_path, monkeypatch):
             shutil.copyfile(REPO / name, tmp_path / name)
     for name in ('shakespeare_char', 'shakespeare'):
         (tmp_path / 'data' / name / 'input.txt').write_text('ROMEO:\nWhat light is this?\n' * 200, encoding='utf-8')
+    novel = '宋江武松道：“不要问，只管用瓢舀来吃酒。贩枣的客人那里。”\n' * 60
+    (tmp_path / 'data' / 'shuixu_char' / 'input.txt').write_text(novel, encoding='utf-8')
     monkeypatch.setenv('PATH', os.path.dirname(sys.executable), prepend=os.pathsep)
     monkeypatch.setenv('PIP_DISABLE_PIP_VERSION_CHECK', '1')
     return tmp_path
@@ -101,9 +103,9 @@ def test_it_runs_from_top_to_bottom(clone):
         nbformat.write(notebook, keep)
     wrong = [printed(cell) for cell in cells_of(notebook) if re.search(r'error:|Traceback', printed(cell))]
     assert not wrong, wrong
-    assert all((clone / f'out-{name}' / 'ckpt.pt').exists() for name in ('shakespeare-char', 'mytext'))
+    assert all((clone / f'out-{name}' / 'ckpt.pt').exists() for name in ('shakespeare-char', 'shuixu-char', 'mytext'))
     pictures = [o for cell in cells_of(notebook) for o in cell.outputs if 'image/png' in o.get('data', {})]
-    assert len(pictures) == 2
+    assert len(pictures) == 3
     texts = [printed(cell) for cell in cells_of(notebook) if 'sample.py' in cell.source]
     assert all('-' * 15 in text for text in texts)
 

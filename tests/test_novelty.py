@@ -3,6 +3,7 @@ import time
 
 import numpy as np
 import pytest
+from conftest import TINY
 
 from lib import novelty
 from lib.novelty import Hashes, TrainingText, copied_fraction, longest_copied, report
@@ -83,3 +84,18 @@ def test_a_megabyte_takes_seconds():
     began = time.process_time()
     report([ids[i:i + 500] for i in range(0, 10_000, 500)], [fresh(500, i) for i in range(20)], ids, str)
     assert time.process_time() - began < 5
+
+
+def test_evaluate_compares_samples_and_held_out_text_with_the_training_text(run, workdir):
+    assert run('train.py', *TINY, '--max_iters=1').status == 0
+    done = run('evaluate.py', '--device=cpu', '--dtype=float32', '--samples=3')
+    assert done.status == 0, done.err
+    lines = done.out.splitlines()
+    assert lines[-2].startswith('longest span: sample ')
+    assert [line.split()[-1] for line in lines if 'sequences of' in line] == ['100.0%'] * 3  # val is a part of train
+    assert [line.split()[-1] for line in lines if 'longest span, in tokens' in line] == ['400']  # the whole of it
+
+
+def test_samples_do_not_go_with_a_text_or_a_task(run, workdir):
+    done = run('evaluate.py', '--samples=3', '--task=lambada')
+    assert done.status == 2 and 'samples are compared with a dataset' in done.err

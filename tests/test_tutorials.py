@@ -294,3 +294,31 @@ def test_a_line_of_the_tutorials(results, number):
     assert status == 0, err[-2000:]
     for pattern in line.prints:
         assert re.search(pattern, out, re.M), f'{pattern!r} is not in\n{out[-2000:]}\n{err[-2000:]}'
+
+
+# docs/tutorials.md
+
+def rows():
+    """Return {row: (answer, where it is tested)} of the table in docs/tutorials.md."""
+    text = (REPO / 'docs' / 'tutorials.md').read_text(encoding='utf-8')
+    found = re.findall(r'^\| (\d+) \| .* \| (\w[\w ]*) \| (.*) \|$', text, re.M)
+    return {int(row): (answer, where) for row, answer, where in found}
+
+
+def test_every_row_of_the_table_is_answered():
+    assert sorted(rows()) == list(range(1, 56))
+    assert {answer for answer, _ in rows().values()} <= {'yes', 'better', 'differs', 'no', 'not run', 'not checked'}
+
+
+def test_every_yes_names_a_test_that_exists():
+    for row, (answer, where) in rows().items():
+        named = re.findall(r'\b(\d+-\d+)\b', where)
+        files = re.findall(r'`(tests/test_\w+\.py)`', where)
+        assert all(name in NAMES and int(name.split('-')[0]) == row for name in named), where
+        assert all((REPO / file).exists() for file in files), where
+        assert named or files or answer not in ('yes', 'better'), row
+
+
+def test_every_line_is_named_in_the_table():
+    named = {name for _, where in rows().values() for name in re.findall(r'\b(\d+-\d+)\b', where)}
+    assert named == set(NAMES)
