@@ -293,7 +293,7 @@ def main(signals):
         say(line)
         if rt.is_master:
             log.append_log(f'{out_dir}/log.jsonl', record)
-            track({f'{kind}/{key}': value for key, value in record.items()}, p.iter_num)
+            track({f'{kind}/{key}': value for key, value in record.items() if key != 'val_data'}, p.iter_num)
 
     def save(as_best, must):
         """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. must: a failure is an error, not a warning."""

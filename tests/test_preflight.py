@@ -253,14 +253,20 @@ def test_a_changed_weight_decay_or_beta_reaches_the_optimizer(run, trained):  # 
 
 
 @pytest.fixture
-def timed(run, workdir):
+def timed(run, workdir, monkeypatch):
     """timed(*words) trains with a config that sets max_minutes and context_warmup; returns the two settings used."""
     (workdir / 'timed.py').write_text('max_minutes = 5.0\ncontext_warmup = 0.6\n', encoding='utf-8')
+    real, used = preflight.open_run, []
+
+    def open_run(namespace):
+        used.append(real(namespace))
+        return used[-1]
+    monkeypatch.setattr(preflight, 'open_run', open_run)
 
     def timed(*words):
         done = run('train.py', *words)
         assert done.status == 0, done.err
-        return done.scope['max_minutes'], done.scope['context_warmup']  # a run with nothing left to do saves nothing
+        return used[-1][0]['max_minutes'], used[-1][0]['context_warmup']
     return timed
 
 

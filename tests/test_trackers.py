@@ -43,6 +43,7 @@ def tensorboard_events(folder):
     return events.Reload()
 
 
+@pytest.mark.pictures
 def test_tensorboard_shows_the_numbers_of_the_log(run, workdir):
     pytest.importorskip('tensorboard')
     run('train.py', *TINY, '--tensorboard_log=True', '--sample_interval=1', '--peak_tflops=1')
