@@ -87,9 +87,6 @@ class _ConfigScope(dict):
     def __getitem__(self, name):
         return self.module[name]
 
-    def __delitem__(self, name):
-        del self.module[name]
-
 
 def find_path(path):
     """Return `path` relative to the working directory if it exists there, else to the repository, else unchanged."""

@@ -26,9 +26,6 @@ out_dir = 'out'  # folder of the training run, relative to the working directory
 to = ''  # folder to write; '' = OUT_DIR/hf
 
 EXPRESSIBLE = {'mlp': ('gelu_tanh',)}  # options beside the default ones that transformers' GPT-2 class has
-# what this writes; config.json is written last and removed first: a folder without it is not complete
-FILES = ('config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt',
-         'chat.json', 'tokenizer_spec.json')
 
 
 def hf_config(config, tok):
@@ -113,6 +110,11 @@ def write_tokenizer(tok, folder, marks=None):
     write_json(folder / 'tokenizer_config.json', {'tokenizer_class': kind, **special})
     if tok.eot is not None:
         made.model.save(str(folder))  # vocab.json and merges.txt, which older programs read
+
+
+# What this writes. config.json is written last and removed first: a folder without it is not complete.
+FILES = ('config.json', 'model.safetensors', 'tokenizer.json', 'tokenizer_config.json', 'vocab.json', 'merges.txt',
+         'chat.json', 'tokenizer_spec.json')
 
 
 def clear(folder):

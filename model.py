@@ -341,15 +341,10 @@ class GPT(nn.Module):
         embedding = 0 if c.tie_weights else self.transformer.wte.weight.numel()
         return 6 * (self.get_num_params() - embedding) + 12 * c.n_layer * c.n_embd * (context or c.block_size)
 
-    def estimate_mfu(self, tokens_per_second, peak_flops, context=None):
-        """Return model FLOPs utilisation: the fraction of `peak_flops` (FLOP/s of the device) that training uses."""
-        return self.flops_per_token(context) * tokens_per_second / peak_flops
-
     def param_groups(self, weight_decay, muon=False):
         """Return optimizer groups in nanoGPT's order: 2-D parameters with weight decay, then the others without.
 
-        muon: the matrices of the blocks come first, in a group of their own with use_muon=True and `splits`, the number
-        of matrices that are stacked in each: 3 in c_attn, else 1.
+        muon: the matrices of the blocks come first, with use_muon=True and `splits`: 3 for the stacked c_attn, else 1.
         """
         named = [(name, p) for name, p in self.named_parameters() if p.requires_grad]
         is_matrix = {name: muon and p.dim() == 2 and name.startswith('transformer.h.') for name, p in named}

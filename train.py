@@ -156,7 +156,7 @@ def estimate_loss(compiled_model, raw_model, rt, batches):
         nats, count = nats + loss * n_targets, count + n_targets
     raw_model.train()
     nats, count = rt.all_reduce_sum(float(nats), count)
-    return nats / count
+    return nats / max(1, count)
 
 
 def final_losses(compiled_model, raw_model, rt, data):
@@ -306,6 +306,7 @@ def main(signals):
         if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, must=must, say=say, warn=warn):
             guard.saved_iter = p.iter_num
 
+    rt.interrupted = lambda: signals.level > 1
     with signals.held():
         while True:
             # every rank follows the same clock and the same signal
@@ -323,6 +324,9 @@ def main(signals):
             ending = signal > 1  # without an evaluation, which may take longer than a scheduler waits
             if (due or last) and not evaluated and not ending:
                 line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
+                if rt.all_reduce_max(rt.interrupted())[0]:  # the evaluation ended early
+                    p.history.pop()
+                    continue
                 if tok and (len(p.history) % sample_interval == 0 or last):
                     record['sample'] = sample_text(raw_model, tok, data, len(p.history), seed, warn)
                     line += '\n' + textwrap.indent(record['sample'], '    | ', lambda line: True)
@@ -382,8 +386,8 @@ def main(signals):
             if logged:
                 loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
                 left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
-                mfu = (None if lora_rank or not peak_flops else
-                       raw_model.estimate_mfu(tok_s / rt.world_size, peak_flops, context))
+                mfu = None if lora_rank or not peak_flops else (  # the fraction of the devices' peak that is used
+                    raw_model.flops_per_token(context) * tok_s / rt.world_size / peak_flops)
                 record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,
                           'grad_norm': float(grad_norm), 'tokens': p.tokens_seen, 'minutes': minutes_now()}
                 write_log('train', log.iter_line(record, elapsed / updates, left), record)

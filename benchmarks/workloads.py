@@ -99,7 +99,7 @@ def guards(sizes, batch_size):
         opt.zero_grad(set_to_none=True)
         _, loss = model(idx, idx)
         loss.backward()
-        step(loss.detach(), torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
+        step(loss.detach(), optim.clip_grad_norm_(model.parameters(), 1.0))
 
     update_seconds, one = 1 / per_second(update), torch.ones(())
     costs = []

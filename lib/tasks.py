@@ -10,6 +10,7 @@ import re
 from configurator import REPO, UserError
 from lib.text.download import download
 from lib.text.schema import parse_json
+from lib.text.tokenizer import encoded
 
 URL = {'hellaswag': 'https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl',
        'lambada': 'https://openaipublic.blob.core.windows.net/gpt-2/data/lambada_test.jsonl'}
@@ -52,9 +53,11 @@ def read(task, path, limit=0):
 
 def _item_problem(task, item):
     """Return what is wrong with the values of an item; '' if its task can be asked."""
-    texts = {key: item[key] for key in KEYS[task] if key in ('text', 'ctx')}
+    texts = {'text': item['text']} if task == 'lambada' else {}
     if task == 'hellaswag':
         endings = item['endings']
+        if type(item['ctx']) is not str:
+            return f'ctx is a {type(item["ctx"]).__name__}, expected a text'
         if type(endings) is not list or not endings:
             return f'endings is {str(endings)[:40]!r}, expected a list of texts'
         if not str(item['label']).isdecimal() or int(item['label']) >= len(endings):
@@ -63,8 +66,10 @@ def _item_problem(task, item):
     for key, text in texts.items():
         if type(text) is not str or not text.strip():
             return f'{key} is {str(text)[:40]!r}, expected a text'
-        if not text.isprintable() and any('\ud800' <= char <= '\udfff' for char in text):
-            return f'{key} holds a lone surrogate, which is not text'
+    try:
+        encoded(''.join([*texts.values(), item.get('ctx', '')]))
+    except UserError as error:
+        return error.message
     return ''
 
 

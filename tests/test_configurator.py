@@ -103,6 +103,13 @@ def test_help_shows_only_the_block_of_defaults():
     assert 'What it does.' in text and 'how many' in text and 'a group' in text and 'no setting' not in text
 
 
+def test_a_comment_on_a_line_by_itself_is_a_heading_in_help_only_between_settings():
+    script = ("import os\n# about the import\n\nx = 3  # how many\n# right after a setting\ny = 4\n\n# after a gap\n"
+              "z = 5\n")
+    headings = [line.strip() for line in describe(script, {'x': 3, 'y': 4, 'z': 5}).splitlines() if '--' not in line]
+    assert [line for line in headings if line] == ['right after a setting', 'after a gap']
+
+
 def test_a_path_is_looked_up_in_the_working_directory_then_in_the_repository(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert find_path('train.py') == REPO / 'train.py'

@@ -377,3 +377,10 @@ def test_an_empty_split_is_never_written(folder, split):
     with pytest.raises(UserError, match=f'the {split} split is empty: 1 characters'):
         data_folder.write(folder, tokenizer.from_spec({'kind': 'byte'}), [c for c in chunks if c[0] != split])
     assert not contents(folder)
+
+
+def test_a_file_system_that_cannot_map_files_reads_them(tiny, monkeypatch):
+    monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)
+    expected = data_folder.read('tiny')[2]['train'][1]
+    monkeypatch.setattr(np, 'memmap', lambda *args, **more: (_ for _ in ()).throw(OSError(19, 'No such device')))
+    assert (data_folder.read('tiny')[2]['train'][1] == expected).all()

@@ -1,5 +1,7 @@
 """lib/machine/distributed.py: the arithmetic of several ranks, and how they fail. Two processes, gloo on a CPU."""
+import errno
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -50,7 +52,15 @@ CHUNKED_LOSS = """
 import kernels
 kernels.CHUNK = 40  # two tokens of 16 logits at a time
 """
-AT_BATCH = """
+IN_THE_LOOP = """
+from lib.training import guard
+begin = guard.Guard.__init__
+def begin_loop(*args):
+    calls.clear()  # what was counted before, to compile and to time the model
+    begin(*args)
+guard.Guard.__init__ = begin_loop
+"""
+AT_BATCH = IN_THE_LOOP + """
 import os, signal
 from lib.text import dataset
 import torch
@@ -252,7 +262,7 @@ def test_more_ranks_than_gpus_are_refused(environ, monkeypatch):
 
 @BOTH
 def test_nan_on_one_rank_stops_all_at_the_same_update_and_names_it(workdir, parallel):  # fault 39
-    poison = """
+    poison = IN_THE_LOOP + """
 import model
 real, calls = model.GPT.forward, []
 def forward(self, idx, targets=None, cache=None, return_logits=False):
@@ -343,9 +353,9 @@ def test_settings_that_fsdp_does_not_support_are_refused(run, workdir, flags, pr
 
 # What the ranks exchange
 
-COUNT = """
+COUNT = IN_THE_LOOP + """
 import json, torch, torch.distributed as dist
-counts = {}
+calls = counts = {}
 def count(module, name):
     real = getattr(module, name)
     def counted(*args, **kwargs):
@@ -382,6 +392,56 @@ def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
         assert not ddp.will_sync_module_buffers() and ddp.gradient_as_bucket_view
     finally:
         torch.distributed.destroy_process_group()
+
+
+# Muon, and how the ranks share an evaluation
+
+RECORD_EVALUATIONS = """
+import torch
+from lib.text import dataset
+real = dataset.Split.batch
+def batch(self, starts, block_size):
+    if not torch.is_grad_enabled():
+        with open(f'evaluated-{rank}', 'a', encoding='utf-8') as file:
+            print(self.path.stem, block_size, *starts, file=file)
+    return real(self, starts, block_size)
+dataset.Split.batch = batch
+"""
+
+
+@pytest.fixture(scope='module')
+def with_muon():
+    """Where one run with Muon, by one process and by two, is kept for the tests below."""
+    return []
+
+
+@pytest.fixture
+def muon_runs(workdir, with_muon):
+    """Working directories of a run with Muon: [one process, two ranks]; they recorded what they evaluated."""
+    if not with_muon:
+        for n in (1, 2):
+            folder = workdir / f'by-{n}'
+            shutil.copytree(workdir / 'data', folder / 'data')
+            ended = Ranks(n, 'train.py', *FLAGS, '--optimizer=muon', '--eval_iters=4', cwd=folder,
+                          hook=RECORD_EVALUATIONS).wait()
+            assert {status for status, _, _ in ended} == {0}, ended
+            with_muon.append(folder)
+    return with_muon
+
+
+def test_two_ranks_train_with_muon_as_one_does(muon_runs):
+    one, two = ((load(folder / 'out' / 'last.pt')) for folder in muon_runs)
+    assert alike(muon_runs[0] / 'out', muon_runs[1] / 'out')
+    for name, p in one['model'].items():
+        torch.testing.assert_close(two['model'][name], p, rtol=1e-2, atol=1e-3)  # Muon multiplies in bfloat16
+
+
+def test_two_ranks_share_the_batches_of_an_evaluation_without_overlap(muon_runs):
+    def evaluated(folder, rank):
+        return (folder / f'evaluated-{rank}').read_text(encoding='utf-8').splitlines()
+    whole, parts = evaluated(muon_runs[0], 0), [evaluated(muon_runs[1], rank) for rank in (0, 1)]
+    assert sorted(parts[0] + parts[1]) == sorted(whole)  # each batch as often as in one process
+    assert abs(len(parts[0]) - len(parts[1])) <= 6  # 2 splits in 3 evaluations
 
 
 # torchrun itself
@@ -461,3 +521,21 @@ if os.environ['TORCHELASTIC_RESTART_COUNT'] == '0' and rank == 1:
     assert process.returncode == 0, err
     assert 'no checkpoint in out/: starting from scratch' in out and 'resuming from iter' in out
     assert load(workdir / 'out' / 'last.pt')['iter_num'] == 12
+
+
+@pytest.mark.parametrize('number', [errno.ENOSPC, errno.EROFS, errno.ESTALE, errno.EIO])
+def test_an_error_of_the_disk_or_the_network_is_one_line(number):
+    with pytest.raises(UserError, match=f'out/x: {os.strerror(number)}'), distributed.report_fatal_errors():
+        raise OSError(number, os.strerror(number), 'out/x')
+
+
+def test_another_operating_system_error_keeps_its_traceback():
+    with pytest.raises(NotADirectoryError), distributed.report_fatal_errors():
+        raise NotADirectoryError(errno.ENOTDIR, 'Not a directory')
+
+
+def test_a_store_that_is_gone_with_torchrun_does_not_hide_the_error(monkeypatch):
+    monkeypatch.setattr(torch.distributed, 'is_initialized', lambda: True)
+    monkeypatch.setattr(torch.distributed.distributed_c10d, '_get_default_store',
+                        lambda: (_ for _ in ()).throw(RuntimeError('Connection reset by peer')))
+    assert distributed.unresponsive_ranks(0, 2) == ['unknown']

@@ -3,6 +3,7 @@ import copy
 import io
 import json
 import math
+import os
 import pickle
 import random
 import zipfile
@@ -192,6 +193,7 @@ def test_wrong_values_in_every_field_of_a_checkpoint_are_refused_or_do_no_harm(s
 @pytest.mark.parametrize('place, wrong', [
     (('iter_num',), 'abc'), (('iter_num',), math.nan), (('iter_num',), -1), (('tokens_seen',), 2**70),
     (('history',), [['a', 1, 2]]), (('history',), [[5, 1.0, 2.0]]), (('best_val_loss',), math.nan),
+    (('best_val_loss',), torch.zeros(3)),
     (('optimizer',), {'state': {}}), (('tokenizer',), {'kind': ['char']}), (('data', 'train'), [2000]),
     (('rng',), [{'cpu': torch.zeros(3)}]), (('scaler',), {'scale': 'x'}), (('origins',), {'a': 1})])
 def test_a_field_of_another_type_is_named(states, tmp_path, place, wrong):
@@ -410,3 +412,40 @@ def test_a_download_that_trickles_is_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(download.urllib.request, 'urlopen', lambda *_, **__: Reply(b'a' * 1000))
     with pytest.raises(UserError, match='only 4 bytes in 80 seconds'):
         download.download('http://a/', tmp_path / 'x')
+
+
+# Pipes, and characters that look alike
+
+def test_a_prompt_and_a_text_to_evaluate_are_read_from_a_pipe(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'out').mkdir()
+    torch.save(make_state(), tmp_path / 'out' / 'ckpt.pt')
+    for script, flag in (('sample.py', '--start=FILE:'), ('evaluate.py', '--text=')):
+        reader, writer = os.pipe()
+        os.write(writer, b'abcdefgh' * 10)
+        os.close(writer)
+        done = run(script, f'{flag}/dev/fd/{reader}', '--device=cpu', *['--num_samples=1'] * (script == 'sample.py'))
+        os.close(reader)
+        assert done.status == 0, done.err
+
+
+def test_a_pipe_as_input_of_prepare_is_refused_with_the_reason(tmp_path):
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(UserError, match='can be read only once, and prepare reads twice'):
+        inputs.find('input', [str(tmp_path / 'pipe')], tmp_path)
+
+
+def test_a_character_that_the_text_writes_as_two_is_explained():
+    from lib.text.tokenizer import CharTokenizer
+    with pytest.raises(UserError, match='the text writes it as .e. [+] .*u0301'):
+        CharTokenizer('e\u0301x').encode('\xe9')
+
+
+def test_a_folder_whose_name_looks_like_a_formula_is_drawn(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ('o$\\frac5$', 'b$^$'):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / 'log.jsonl').write_text(
+            '{"iter": 0, "loss": 2.5}\n{"step": 0, "train_loss": 2.5, "val_loss": 2.6}\n')
+    assert run('plot.py', 'o$\\frac5$').status == 0
+    assert run('plot.py', 'o$\\frac5$', 'b$^$').status == 0

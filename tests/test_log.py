@@ -216,3 +216,39 @@ def test_a_log_that_cannot_be_written_is_one_warning(tmp_path, capsys):
     for i in range(2):
         log.append_log(tmp_path, {'iter': i})  # a folder
     assert capsys.readouterr().err.count('warning: could not write') == 1
+
+
+def test_a_clock_that_is_set_back_does_not_stop_the_bar(monkeypatch):
+    import io
+    import time
+
+    from lib.training import log
+    screen = io.StringIO()
+    screen.isatty = lambda: True
+    monkeypatch.setattr(log.sys, 'stderr', screen)
+    bar = log.progress_bar(100)
+    now = time.time
+    monkeypatch.setattr(time, 'time', lambda: now() - 3600)
+    assert 0 <= bar.format_dict['elapsed'] < 60
+    bar.close()
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_whole_lines(tmp_path, monkeypatch):
+    import resource
+    import signal
+
+    from lib.training import log
+    from lib.training.log import append_log, read_log
+    monkeypatch.setattr(log, 'warn_once', lambda line: None)  # the limit would hold for captured lines, too
+    path, before = tmp_path / 'log.jsonl', resource.getrlimit(resource.RLIMIT_FSIZE)
+    append_log(path, {'iter': 0})
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 5, before[1]))
+    try:
+        append_log(path, {'iter': 1})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    append_log(path, {'iter': 2})
+    assert [record['iter'] for record in read_log(path)] == [0, 2]
+    assert path.read_text(encoding='utf-8').count('\n') == 2

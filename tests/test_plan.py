@@ -208,7 +208,8 @@ def test_each_way_to_save_memory_saves_it():
 def test_fsdp_divides_what_ddp_keeps_twice():
     config = GPTConfig(32, 65, 12, 2, 64)
     ddp, fsdp = (plan.memory(job(config, gpus=4, micro_steps=4, parallel=name), 'cuda') for name in ('ddp', 'fsdp'))
-    assert fsdp.optimizer == ddp.optimizer / 4 and fsdp.total < ddp.total
+    one = plan.memory(job(config), 'cuda')
+    assert ddp.gradients == 2 * one.gradients and fsdp.optimizer == ddp.optimizer / 4 and fsdp.total < ddp.total
 
 
 def test_the_largest_batch_fits_and_the_next_does_not():

@@ -201,7 +201,12 @@ def configured(run, workdir):
     (workdir / 'second.py').write_text('weight_decay = 0.2\ngrad_clip = 4.0\n', encoding='utf-8')
     assert run('train.py', *TINY, 'first.py', '--grad_clip=0.5').status == 0
     assert [settings_of()[name] for name in ('grad_clip', 'weight_decay', 'beta2')] == [0.5, 0.3, 0.9]
-    return lambda *words: run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=7', *words)
+
+    def resume(*words):
+        done = run('train.py', '--init_from=resume', '--device=cpu', '--max_iters=7', *words)
+        assert done.status == 0 and settings_of()['init_from'] == 'resume', done.err  # it has saved
+        return done
+    return resume
 
 
 def test_without_a_config_a_resumed_run_keeps_all_settings(configured):
@@ -255,7 +260,7 @@ def timed(run, workdir):
     def timed(*words):
         done = run('train.py', *words)
         assert done.status == 0, done.err
-        return settings_of()['max_minutes'], settings_of()['context_warmup']
+        return done.scope['max_minutes'], done.scope['context_warmup']  # a run with nothing left to do saves nothing
     return timed
 
 

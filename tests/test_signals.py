@@ -198,3 +198,23 @@ def test_a_second_interrupt_quits_at_once_and_the_last_save_is_whole(run, workdi
     out, err = child.communicate(timeout=120)
     assert child.returncode == -signal.SIGINT and 'press Ctrl-C again to quit without saving' in err
     assert checkpoint.load(workdir / 'out' / 'last.pt')['iter_num'] == 0
+
+
+def test_a_signal_during_an_evaluation_ends_it_and_it_is_repeated_on_resume(run, workdir, monkeypatch):
+    """The last evaluation reads the whole validation split, which may take longer than a scheduler waits."""
+    run('train.py', *FLAGS, '--out_dir=whole')
+    real, calls = dataset.Split.batch, []
+
+    def batch(self, *args):
+        if not torch.is_grad_enabled():
+            calls.append(0)
+            if len(calls) == 8:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return real(self, *args)
+    monkeypatch.setattr(dataset.Split, 'batch', batch)
+    done = run('train.py', *FLAGS)  # two splits of two batches in each evaluation; the last one reads more
+    assert done.status == 143 and 'SIGTERM: saved iter 6 to out' in done.out and len(calls) < 10
+    assert load('out/last.pt')['history'] == load('whole/last.pt')['history'][:1]
+    assert run('train.py', *FLAGS, '--init_from=resume').status == 0
+    assert differences(*(load(f'{folder}/last.pt')['model'] for folder in ('whole', 'out'))) == []
+    assert load('out/last.pt')['history'] == load('whole/last.pt')['history']

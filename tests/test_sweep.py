@@ -20,7 +20,7 @@ STAND_IN = '''
 import json, os, signal, sys, time
 flags = dict(word[2:].split('=', 1) for word in sys.argv[1:] if word.startswith('--'))
 if flags.get('learning_rate') == '9':
-    sys.exit('a line before\\nerror: learning_rate=9 is too much')
+    sys.exit('error: learning_rate=9 is too much\\na line of some library after it')
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 path, wait = flags['out_dir'] + '/log.jsonl', float(os.environ.get('WAIT', 0))
 lines = open(path, encoding='utf-8').read().splitlines() if os.path.exists(path) else []

@@ -1,4 +1,4 @@
-"""stdout and stderr: their loss never raises an error, and what is printed cannot control the terminal.
+"""stdout and stderr: their loss never raises an error, and printed text cannot control the terminal.
 
 Imports no torch, so that the prepare scripts can use it.
 """

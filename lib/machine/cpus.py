@@ -1,4 +1,4 @@
-"""How many CPUs this process may use. Imports no torch, so that the prepare scripts can use it."""
+"""How many CPUs this process may use, and how much memory there is. Imports no torch: prepare scripts use it."""
 import math
 import os
 from pathlib import Path
@@ -41,3 +41,11 @@ def _read(path):
         return Path(path).read_text(encoding='utf-8')
     except (OSError, ValueError):
         return ''
+
+
+def physical_memory():
+    """Return the bytes of memory of this machine, 0 if it does not say (Windows)."""
+    try:
+        return os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
+    except (ValueError, OSError, AttributeError):
+        return 0

@@ -1,6 +1,7 @@
 """Several processes ("ranks") that train one model: join, shard or replicate, gather, and fail together."""
 import contextlib
 import datetime
+import errno
 import os
 import time
 
@@ -8,6 +9,11 @@ import torch
 import torch.distributed as dist
 
 from configurator import UserError
+
+# errors that tell about the disk or the network and not about a mistake in this program
+OF_THE_MACHINE = {getattr(errno, name) for name in ('ENOSPC', 'EDQUOT', 'EROFS', 'EIO', 'ESTALE', 'ENOTCONN', 'EACCES',
+                                                    'EPERM', 'ENOLCK', 'ETIMEDOUT', 'EHOSTDOWN', 'ENODEV', 'EMFILE')
+                  if hasattr(errno, name)}
 
 
 def rank_and_world():
@@ -82,6 +88,11 @@ def report_fatal_errors():
         yield
     except UserError as error:
         raise UserError(f'rank {rank}: {error.message}' if world_size > 1 else error.message) from error
+    except OSError as error:
+        if error.errno not in OF_THE_MACHINE:
+            raise
+        raise UserError(f'{error.filename or "a file"}: {error.strerror}; the last checkpoint is intact: continue with '
+                        '--init_from=auto') from error
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error):
             raise UserError(f'out of memory ({first_line(error)}). To use less: a smaller --batch_size (with '
@@ -121,13 +132,17 @@ def unresponsive_ranks(rank, world_size, wait=3.0):
     """Return the ranks that do not also report a lost connection within `wait` seconds."""
     if not dist.is_initialized():
         return ['unknown']
-    store, until = dist.distributed_c10d._get_default_store(), time.monotonic() + wait
-    store.set(f'looking/{rank}', '')
-    while True:
-        silent = [r for r in range(world_size) if not store.check([f'looking/{r}'])]
-        if not silent or time.monotonic() > until:
-            return silent
-        time.sleep(0.1)
+    until = time.monotonic() + wait
+    try:
+        store = dist.distributed_c10d._get_default_store()
+        store.set(f'looking/{rank}', '')
+        while True:
+            silent = [r for r in range(world_size) if not store.check([f'looking/{r}'])]
+            if not silent or time.monotonic() > until:
+                return silent
+            time.sleep(0.1)
+    except Exception:  # the store ends with torchrun
+        return ['unknown']
 
 
 def shard_or_move(model, runtime, parallel):

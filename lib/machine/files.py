@@ -50,23 +50,25 @@ def atomic_write(path):
 
 
 @contextlib.contextmanager
-def alone_in(folder):
+def alone_in(folder, names=()):
     """Lock `folder` for this process while the block runs; BlockingIOError if another process has it.
 
-    Yields whether there is a lock: some systems and file systems have none.
+    names: files whose writers may have been killed; what they left is removed. Some systems and file systems have no
+    locks; there the block runs without one.
     """
-    fd, locked = None, False
+    fd = None
     try:
         if fcntl:
             fd = os.open(folder, os.O_RDONLY)
             try:
                 fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
+                for path in leftovers(folder, names):
+                    path.unlink()
             except BlockingIOError:
                 raise
             except OSError:  # a network file system, for example
                 pass
-        yield locked
+        yield
     finally:
         if fd is not None:
             os.close(fd)
@@ -86,9 +88,15 @@ def _sync(path, flags):
     """Wait until the file or folder at `path` is on disk."""
     fd = os.open(path, flags)
     try:
+        sync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync(fd):
+    """Wait until an open file is on disk, if its file system can do that."""
+    try:
         os.fsync(fd)
     except OSError as error:
         if error.errno not in NOT_SUPPORTED:
             raise
-    finally:
-        os.close(fd)

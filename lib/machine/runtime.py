@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,7 @@ class Runtime:
     rank: int = 0
     local_rank: int = 0
     world_size: int = 1
+    interrupted: Callable = bool  # returns whether a signal asks this rank to end
 
     @property
     def is_master(self):
@@ -60,11 +62,11 @@ class Runtime:
     def pad_to_longest_rank(self, batches):
         """Yield this rank's batches, then None until every rank has run out.
 
-        Under FSDP all ranks must run the same number of forward passes.
+        Under FSDP all ranks must run the same number of forward passes. Ends early when `interrupted`.
         """
         batches = iter(batches)
         while True:
-            batch = next(batches, None)
+            batch = None if self.interrupted() else next(batches, None)
             if not self.all_reduce_max(batch is not None)[0]:
                 return
             yield batch

@@ -22,7 +22,7 @@ class Signals:
 
     def __init__(self):
         self._level, self._before = 0, {}
-        # torchrun's ranks are in sessions of their own, so nothing else ends them if torchrun is killed
+        # torchrun starts each rank in a new session, so nothing else ends them if torchrun is killed
         self._parent = os.getppid() if 'TORCHELASTIC_RUN_ID' in os.environ and os.name == 'posix' else None
 
     def __enter__(self):

@@ -17,6 +17,7 @@ import numpy as np
 
 from configurator import REPO, UserError
 from lib.machine import files
+from lib.machine.files import sync
 from lib.text import dialogue
 from lib.text.schema import load_plain_pickle, parse_json, spec_problem
 from lib.text.tokenizer import CharTokenizer, TextError, from_spec
@@ -59,12 +60,11 @@ def read_meta(path):
         for split in SPLITS:
             for key, kind in (('n_tokens', int), ('n_bytes', int), ('max_id', int), ('sha256', str)):
                 value = meta['splits'][split][key]
-                if type(value) is not kind and not (key == 'n_bytes' and value is None):  # None: unknown
+                right = type(value) is kind and (kind is str or 0 <= value < 2**53)
+                if not right and not (key == 'n_bytes' and value is None):  # None: unknown
                     raise ValueError(f'{key} of {split} is {value!r}')
-                if kind is int and not 0 <= (value or 0) < 2**53:
-                    raise ValueError(f'{key} of {split} is {value}')
         if type(meta.get('source', '')) is not str:
-            raise ValueError(f'source is a {type(meta["source"]).__name__}')
+            raise ValueError('source is not text')
         if meta['dtype'] not in ('uint16', 'uint32'):
             raise ValueError(f'dtype is {meta["dtype"]!r}')
         vocab_size = from_spec(meta['tokenizer']).vocab_size
@@ -144,7 +144,11 @@ def _read_ids(path, dtype, expected, vocab_size):
     _check_contents(path, dtype, expected)
     mapped = path.stat().st_size >= IN_MEMORY
     if mapped:
-        ids, sha256 = np.memmap(path, dtype=dtype, mode='r'), expected.get('sha256', '')
+        try:
+            ids = np.memmap(path, dtype=dtype, mode='r')
+        except OSError:  # ENODEV: some FUSE and shared folders cannot map files
+            ids = np.fromfile(path, dtype=dtype)
+        sha256 = expected.get('sha256', '')
         max_id = expected.get('max_id', 0)  # Split.batch checks every batch, so this file need not be scanned
     else:
         raw = path.read_bytes()
@@ -234,7 +238,7 @@ class _SplitWriter:
     def finish(self):
         """Write everything to the disk and return the facts."""
         self.file.flush()
-        os.fsync(self.file.fileno())
+        sync(self.file.fileno())
         self.file.close()
         return {'n_tokens': self.n_tokens, 'n_bytes': self.n_bytes, 'max_id': self.max_id,
                 'sha256': self.hash.hexdigest()}
@@ -244,14 +248,11 @@ def write(path, tokenizer, chunks, source='', marks=None):
     """Write train.bin, val.bin, their masks if there are marks, and meta.json to folder `path`, all of them or none.
 
     chunks: an iterable of (split, ids, n_chars, n_bytes), with marks also mask, answer_bytes. source: the name of the
-    text, as the user gave it. Returns (the contents of meta.json, n_chars of the whole text). UserError if a split
-    gets no token, or if another process is writing to the folder.
+    text, as the user gave it. Returns (meta.json, n_chars). UserError if a split is empty or the folder is in use.
     """
     path.mkdir(parents=True, exist_ok=True)
     try:
-        with files.alone_in(path) as locked:
-            for old in files.leftovers(path, FILES) if locked else ():  # of a prepare that was killed
-                old.unlink()
+        with files.alone_in(path, FILES):
             return _write(path, tokenizer, chunks, source, marks)
     except BlockingIOError:
         raise UserError(f'another process is preparing {path}; wait for it, or choose another --name=...') from None
@@ -286,7 +287,7 @@ def _write(path, tokenizer, chunks, source, marks):
         with open(temp_meta, 'w', encoding='utf-8', newline='') as file:
             json.dump(meta, file)
             file.flush()
-            os.fsync(file.fileno())
+            sync(file.fileno())
         unfinished = path / 'UNFINISHED'
         unfinished.touch()
         for name, file in writers.items():

@@ -11,7 +11,7 @@ from lib.text.download import download, own_file
 def find(flag, words, folder, reuse=False):
     """Return the files that `words` name, in order: folders with everything in them, globs expanded, URLs downloaded.
 
-    words: the values of the setting `flag`. A download goes to a file of its own in `folder`; reuse: one that is there
+    words: the values of the setting `flag`. Each download goes to another file in `folder`; reuse: one that is there
     already is used. UserError if a word names nothing.
     """
     paths = []

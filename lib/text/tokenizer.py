@@ -128,10 +128,11 @@ class CharTokenizer(_Tokenizer):
     def _unknown(self, char):
         name = f"'{char}' (U+{ord(char):04X})" if char.isprintable() else f'U+{ord(char):04X}'
         message = f"character {name} is not in this model's {self.vocab_size:,}-character vocabulary"
-        for similar in _similar_characters(char):
-            if similar in self.chars:
-                return f"{message}; it has '{similar}' (U+{ord(similar):04X})"
-        return message
+        for similar in filter(self.chars.__contains__, _similar_characters(char)):
+            return f"{message}; it has '{similar}' (U+{ord(similar):04X})"
+        parts = unicodedata.normalize('NFD', char)
+        decomposed = len(parts) > 1 and set(parts) <= set(self.chars)
+        return f'{message}; the text writes it as {" + ".join(map(ascii, parts))}' if decomposed else message
 
     def decode_bytes(self, ids):
         return self._code_of[_check_range(ids, self.vocab_size)].tobytes().decode('utf-32-le').encode('utf-8')

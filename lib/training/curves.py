@@ -215,7 +215,7 @@ def draw_losses(ax, runs, axis):
             limits[1] += marked
     unit = 'bits per byte' if bits else 'nats per token'
     marks = 'dashed: training; dot: best of the fixed windows; diamond: last model, whole split'
-    ax.set_title(f'{runs[0].name}: loss, {unit}' if alone else f'validation loss, {unit} ({marks})')
+    ax.set_title(f'{plain(runs[0].name)}: loss, {unit}' if alone else f'validation loss, {unit} ({marks})')
     label_axis(ax, axis)
     low, high = limits
     if low and max(high) > min(low):
@@ -245,7 +245,8 @@ def draw_curves(ax, run, axis, bits, alone, train_color, val_color):
     high.append(y_limit(xs, train))
     xs, val = series(run.evals, x_eval, 'val_loss')
     val = [y * scale for y in val]
-    ax.plot(xs, val, color=val_color, linewidth=1.8, marker='.', markersize=5, label='val' if alone else run.name)
+    ax.plot(xs, val, color=val_color, linewidth=1.8, marker='.', markersize=5,
+            label='val' if alone else plain(run.name))
     high.append(y_limit(xs, val))
     return low + train + val, high
 
@@ -267,6 +268,11 @@ def draw_marks(ax, run, axis, bits, alone, color):
         ax.plot([end], [last], 'D', color='black', markersize=11, markerfacecolor='none', zorder=6,
                 label=f'last model {last:.4f}, whole val split' if alone else None)
     return [last] if last else []
+
+
+def plain(name):
+    """Return a folder's name as matplotlib shows it literally; between two dollar signs it would read a formula."""
+    return name.replace('$', r'\$')
 
 
 def draw_small(ax, runs, axis, name, title):

@@ -1,8 +1,11 @@
 """The log of a run: printed lines, log.jsonl and the progress bar. wandb and TensorBoard are in trackers.py."""
+import errno
 import functools
 import json
 import math
+import os
 import sys
+import time
 from pathlib import Path
 
 from tqdm import tqdm
@@ -117,8 +120,14 @@ def append_log(path, record):
     """Append a record to log.jsonl; NaN and infinity become null. A full disk is only a warning."""
     clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
     try:
-        with open(path, 'a', encoding='utf-8') as f:
-            f.write(json.dumps(clean) + '\n')
+        with open(path, 'ab', buffering=0) as f:
+            size, line = f.seek(0, os.SEEK_END), json.dumps(clean).encode() + b'\n'
+            try:
+                if f.write(line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError:
+                f.truncate(size)  # a part of a line would spoil the next one
+                raise
     except OSError as error:
         warn_once(f'could not write {path} ({error.strerror}); training continues, the log will have a gap')
 
@@ -175,8 +184,11 @@ def _bar(items=None, show=True, **options):
         disable = True
     elif kernel:
         disable = False
-    return tqdm(items, disable=disable, leave=False, miniters=0, file=sys.stdout if kernel else sys.stderr,
-                mininterval=0.5 if kernel else 0.1, ncols=100 if kernel else None, dynamic_ncols=not kernel, **options)
+    bar = tqdm(items, disable=disable, leave=False, miniters=0, file=sys.stdout if kernel else sys.stderr,
+               mininterval=0.5 if kernel else 0.1, ncols=100 if kernel else None, dynamic_ncols=not kernel, **options)
+    if not bar.disable:  # a clock that is set must not stop the bar
+        bar._time, bar.start_t, bar.last_print_t = time.monotonic, time.monotonic(), time.monotonic()
+    return bar
 
 
 def progress_bar(total, show=True):

@@ -6,8 +6,8 @@ from dataclasses import fields
 import torch
 
 from configurator import UserError, configure
+from lib.machine import cpus, distributed
 from lib.machine import device as devices
-from lib.machine import distributed
 from lib.text import dataset, tokenizer
 from lib.weights import checkpoint, gpt2, load_model, lora
 from model import CHOICES, GPTConfig
@@ -109,13 +109,10 @@ def _check(s):
 
 def _memory_problem(s):
     """Return why the weights of the model, in float32, cannot be in this machine's memory; '' if they may fit."""
-    try:
-        memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
-    except (ValueError, OSError, AttributeError):  # Windows, for example
-        return ''
+    memory = cpus.physical_memory()
     n_params = s['n_embd'] * (s['block_size'] + 12 * s['n_layer'] * s['n_embd'])  # and the embedding of the tokens
     needed = 4 * n_params + 20_000 * s['n_layer']  # bytes; the second part is for Python's objects
-    if needed < memory:
+    if not memory or needed < memory:
         return ''
     return (f'n_layer={s["n_layer"]}, n_embd={s["n_embd"]}, block_size={s["block_size"]} make {n_params:,} parameters '
             f'or more: {needed / 2**30:,.0f} GiB, and this machine has {memory / 2**30:,.0f} GiB of memory')

@@ -6,12 +6,10 @@ to use, last.pt the newest training state and last.prev.pt the previous one.
 import contextlib
 import errno
 import os
-import pickle
 import shutil
 import socket
 import sys
 import tempfile
-import zipfile
 from pathlib import Path
 
 import torch
@@ -20,6 +18,7 @@ from configurator import UserError
 from lib.machine.distributed import first_line
 from lib.machine.files import atomic_write, leftovers
 from lib.weights import lora, schema
+from lib.weights.archive import read_archive, strip_prefix
 
 try:
     import fcntl
@@ -148,37 +147,6 @@ def save_run(rt, out_dir, state, model, *, as_best, must, say=print, warn=print)
     return not failed
 
 
-def read_archive(path, mmap=False):
-    """Return the tensors and plain values in a file of torch.save, checksums verified; UserError if it is damaged."""
-    path = Path(path)
-    if tuple(int(part) for part in torch.__version__.split('.')[:2]) < (2, 6):
-        raise UserError(f'torch {torch.__version__} cannot load checkpoints safely (CVE-2025-32434); '
-                        'upgrade to >= 2.10')
-    try:
-        if not path.is_file():
-            raise UserError(f'{path} not found')
-        with open(path, 'rb') as f:
-            size, magic = os.fstat(f.fileno()).st_size, f.read(4)
-    except OSError as error:
-        raise UserError(f'{path} cannot be read ({error.strerror})') from error
-    if magic != b'PK\x03\x04':
-        raise UserError(f'{path} is empty' if size == 0 else f'{path} is not a checkpoint of this program')
-    try:
-        with zipfile.ZipFile(path) as archive:
-            _check_members(archive, size)
-            bad = archive.testzip()
-    except Exception as error:  # zipfile raises a dozen kinds of exception for damaged files
-        raise UserError(f'{path} is incomplete or damaged ({size} bytes; {error})') from error
-    if bad:
-        raise UserError(f'{path} is corrupt: checksum mismatch in {bad}')
-    try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
-    except pickle.UnpicklingError as error:
-        raise UserError(f'{path} holds Python objects other than tensors and plain values; refusing') from error
-    except Exception as error:
-        raise UserError(f'{path} is damaged ({first_line(error)})') from error
-
-
 def load(path, mmap=False):
     """Return the checkpoint at `path` on the CPU, verified; UserError names the file and what is wrong with it.
 
@@ -195,27 +163,6 @@ def load(path, mmap=False):
     masks = ('.attn.bias', '.attn.masked_bias')  # the causal mask, which older programs store
     state['model'] = {name: tensor for name, tensor in plain.items() if not name.endswith(masks)}
     return state
-
-
-def _check_members(archive, size):
-    """Raise ValueError if the members of a zip file give more bytes than the file has."""
-    end, names = 0, set()
-    for member in sorted(archive.infolist(), key=lambda member: member.header_offset):
-        if member.compress_type != zipfile.ZIP_STORED or member.compress_size != member.file_size:
-            raise ValueError(f'{member.filename!r} is compressed, which torch.save never does')
-        if member.header_offset < end or member.filename in names:
-            raise ValueError(f'{member.filename!r} is in it twice, or overlaps another part')
-        end = member.header_offset + 30 + member.file_size
-        names.add(member.filename)
-    if end > size:
-        raise ValueError('it is cut off')
-
-
-def strip_prefix(name):
-    """Return a parameter's name without the prefixes of torch.compile, DDP and others in other programs' files."""
-    while (rest := name.removeprefix('module.').removeprefix('_orig_mod.').removeprefix('model.')) != name:
-        name = rest
-    return name
 
 
 def find_latest(out_dir, mmap=False):
@@ -243,11 +190,20 @@ def find_latest(out_dir, mmap=False):
     return None
 
 
+def _exists(path):
+    """Return whether there is a file or folder; OSError for a name that no file can have, for example one too long."""
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
+
+
 def folder_problem(out_dir):
     """Return why `out_dir` cannot be created or written, or '' if nothing is seen to prevent it."""
     path = Path(out_dir).absolute()
     try:
-        while not os.path.exists(path):  # unlike Path.exists, it raises nothing
+        while not _exists(path):
             path = path.parent
         if not path.is_dir():
             return f'out_dir {str(out_dir)[:80]!r} is not a writable folder ({path} is a file); choose another'

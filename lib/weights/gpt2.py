@@ -12,7 +12,7 @@ import torch.nn as nn
 from configurator import UserError, find_path
 from lib.text.schema import parse_json, spec_problem
 from lib.weights import schema
-from lib.weights.checkpoint import read_archive, strip_prefix
+from lib.weights.archive import read_archive, strip_prefix
 from model import GPT, GPTConfig
 
 SIZES = {

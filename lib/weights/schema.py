@@ -41,7 +41,7 @@ def _small(value):
 
 
 def _loss(value):
-    return value == math.inf or _finite(value)
+    return type(value) is float and value == math.inf or _finite(value)
 
 
 def _history(value):
@@ -91,7 +91,7 @@ def _optimizer(value):
                     for group in value['param_groups']))
 
 
-STATE = {  # key of a checkpoint -> (is its value valid?, what is expected)
+STATE = {  # key of a checkpoint -> (is its value valid?, a name for valid values)
     'iter_num': (_whole, 'a whole number'),
     'tokens_seen': (_whole, 'a whole number'),
     'minutes': (lambda value: _finite(value) and value >= 0, 'a finite number of 0 or more'),
@@ -189,7 +189,7 @@ def model_problem(model_args, tensors):
 
 
 def size_problem(config, n_numbers, n_tensors):
-    """Return why a file of so many numbers, in so many tensors, cannot hold the model of `config`."""
+    """Return why a file of n_numbers numbers in n_tensors tensors cannot hold the model of `config`."""
     least = config.n_embd * (config.vocab_size + (config.block_size if config.pos == 'learned' else 0)
                              + 4 * config.n_layer * config.n_embd)
     if config.n_layer > n_tensors or least > n_numbers:
@@ -215,6 +215,8 @@ def optimizer_problem(optimizer, saved):
     for i, moments in saved['state'].items():
         if not _whole(i) or i >= len(owners):
             return f'has a parameter number {str(i)[:40]}, the model has {len(owners)}'
+        if not moments:  # saved before the first update
+            continue
         (p, group), names = owners[i], {'exp_avg', 'exp_avg_sq'}
         if group.get('use_muon'):
             names = {'momentum'}
