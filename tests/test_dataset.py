@@ -186,6 +186,12 @@ def test_a_bin_truncated_while_training_is_reported_in_one_line(run, workdir, mo
     assert load('out/last.pt')['iter_num'] == 0
 
 
+@pytest.mark.parametrize('n_tokens, block_size', [(1367, 64), (65, 64), (200, 64), (1000, 7)])
+def test_over_many_epochs_every_token_is_read_and_predicted(n_tokens, block_size):
+    starts = train_starts(0, n_tokens, block_size, 0, 60_000)
+    assert starts.min() == 0 and starts.max() == n_tokens - block_size - 1  # its last target is the last token
+
+
 def test_a_mapped_file_that_was_renamed_during_a_run_is_read_to_the_end(tmp_path):
     path = tmp_path / 'train.bin'
     np.arange(100, dtype='<u2').tofile(path)

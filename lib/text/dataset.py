@@ -210,7 +210,7 @@ def train_starts(seed, n_tokens, block_size, first, count, dialogues=None):
         epoch, index = np.divmod(number, n)
         return dialogues.starts[_permute(index, n, _splitmix64(seeded ^ _splitmix64(epoch + np.uint64(1))))]
     n_windows = max(1, (n_tokens - 1) // block_size - 1)  # this many fit after any offset below block_size
-    n_offsets = min(block_size, n_tokens - n_windows * block_size)
+    n_offsets = n_tokens - n_windows * block_size  # as many as fit, so that the last tokens are read too
     epoch, index = np.divmod(number, np.uint64(n_windows))
     key = _splitmix64(seeded ^ _splitmix64(epoch + np.uint64(1)))
     offset = _splitmix64(key) % np.uint64(n_offsets)
