@@ -9,7 +9,6 @@ Config files and --key=value flags override the settings below. Ctrl-C saves and
 and model.py open you see one complete training step.
 """
 import math
-import sys
 import textwrap
 import time
 from dataclasses import dataclass, field, fields
@@ -401,7 +400,8 @@ def main(signals):
     finish_trackers()
     distributed.finish()
     del lock  # held until here
-    sys.exit(status)
+    if status:
+        raise SystemExit(status)
 
 
 if __name__ == '__main__':

@@ -157,7 +157,8 @@ def test_memory_does_not_grow_with_the_text(tmp_path):
 
 def test_the_counts_are_printed_as_people_parse_them(prepare, tmp_path):
     prepare(put(tmp_path / 'book.txt', 'ab\n' * 1000))
-    assert prepare.out.startswith('length of dataset in characters: 3,000\nvocab size: 3\n'
+    assert prepare.out.startswith('length of dataset in characters: 3,000\nall the unique characters: \nab\n'
+                                  'vocab size: 3\n'
                                   'train has 2,700 tokens\nval has 300 tokens\n')
 
 
@@ -254,7 +255,8 @@ def test_help_shows_nothing_but_settings(monkeypatch, capsys):
     lines = help_of('text', monkeypatch, capsys).split('Settings (--name=value):')[1].split('\n')
     assert {line.split()[0] for line in lines if line.strip()} == {
         'Text', 'Result', '--input', '--val_input', '--val_fraction', '--text_key', '--prompt_key',
-        '--answer_key', '--encoding', '--name', '--tokenizer', '--vocab_size', '--num_proc'}
+        '--answer_key', '--encoding', '--name', '--tokenizer', '--vocab_size', '--num_proc',
+        '--show'}
 
 
 def test_a_prepare_script_needs_neither_torch_nor_tiktoken_nor_datasets(tmp_path):

@@ -18,8 +18,8 @@ TINY = {
     'sample.py': '--num_samples=1 --max_new_tokens=5 --device=cpu --dtype=float32'.split(),
     'evaluate.py': '--device=cpu --dtype=float32'.split(),
 }
-# What a test cannot do: fetch from a hub, start other processes, or install.
-ELSEWHERE = re.compile(r'gpt2|openwebtext|tinystories|hub:|pytest|bench\.py|arithmetic')
+# What a test cannot do: fetch from a hub, start other processes, install, or serve a page until Ctrl-C.
+ELSEWHERE = re.compile(r'play\.py|sweep\.py|gpt2|openwebtext|tinystories|hub:|pytest|bench\.py|arithmetic')
 NEEDS_BPE = re.compile(r'data/shakespeare/|data/chinese/|finetune|--tokenizer=gpt2|out-shakespeare\b(?!-)')
 DRIVER = '''
 import json, os, runpy, sys

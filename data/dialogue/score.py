@@ -47,6 +47,8 @@ def answers(model, tok, prompts, end, device):
     """Return the model's answers, up to the end mark, to prompts (B lists of ids of one length), by greedy choice."""
     idx = torch.tensor(prompts, device=device)  # (B, T)
     cache, rows = KVCache(model.config, len(prompts), device, model.dtype), []
+    if idx.size(1) > model.config.block_size:
+        return [''] * len(prompts)  # the model cannot read the question
     for _ in range(min(64, model.config.block_size - idx.size(1) + 1)):
         logits, _ = model(idx, cache=cache)
         idx = logits[:, -1, :tok.vocab_size].argmax(-1, keepdim=True)  # (B, 1)
