@@ -63,7 +63,7 @@ def test_a_compiled_model_is_saved_under_the_same_names(run, workdir, monkeypatc
     plain, compiled = load('plain/last.pt')['model'], load('compiled/last.pt')['model']
     assert list(plain) == list(compiled)
     for name, p in plain.items():
-        torch.testing.assert_close(compiled[name], p, atol=1e-6, rtol=0)
+        torch.testing.assert_close(compiled[name], p, atol=1e-5, rtol=0)  # products are fused in another order
 
 
 @pytest.mark.parametrize('batch_size', [1, 2, 4, 8])

@@ -13,6 +13,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+import kernels
 from lib.training.optim import make_optimizer
 from lib.weights import lora
 from model import GPT, GPTConfig
@@ -40,6 +41,14 @@ class MemoryCount(TorchDispatchMode):
     device_type: the device to plan for. With 'cpu' the model takes its CPU code paths; for other devices the caller
     creates tensors on the meta device, which takes the same paths as a GPU.
     """
+
+    def __enter__(self):
+        kernels._causal_mask.cache_clear()  # a mask of a real run does not belong in a count, nor a counted one in a run
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        kernels._causal_mask.cache_clear()
+        return super().__exit__(*error)
 
     def __init__(self, device_type):
         super().__init__()
