@@ -43,7 +43,7 @@ class MemoryCount(TorchDispatchMode):
     """
 
     def __enter__(self):
-        kernels._causal_mask.cache_clear()  # a mask of a real run does not belong in a count, nor a counted one in a run
+        kernels._causal_mask.cache_clear()  # masks of real runs do not belong in a count, nor the other way round
         return super().__enter__()
 
     def __exit__(self, *error):
