@@ -206,7 +206,7 @@ def describe(source, values, doc=''):
     """Return the --help text of a script: its docstring, and each setting with type, default and comment.
 
     source: the script's text. values: {setting: default}. doc: a text to show instead of source's docstring. In the
-    block of settings, which ends at the first function, a comment on a line by itself is a heading.
+    block of settings, which ends at the first function, a comment on a separate line is a heading.
     """
     own = re.match(r'\s*"""(.*?)"""', source, re.S)
     doc, gap = doc or (own.group(1) if own else ''), False

@@ -41,7 +41,7 @@ stride = 0  # tokens between the starts of windows, 1 to block_size; 0 = block_s
 task = ''  # hellaswag | lambada; '' = none
 input = ''  # the task's JSON lines in a local file; '' = download them to data/TASK/
 limit = 0  # items of the task, from its beginning; 0 = all
-samples = 0  # generate this many texts of 500 tokens; report what is copied from the training split; 0 = off
+samples = 0  # generate this many texts of 500 tokens; report how much is copied from the training split; 0 = off
 
 # machine
 batch_size = 8  # windows, or texts of a task, per batch; lower it if memory is short

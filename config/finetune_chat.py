@@ -1,10 +1,10 @@
-"""Teach a trained model to answer: GPT-2 by default, or any run of your own.
+"""Teach a trained model to answer: GPT-2 by default, or any run of yours.
 
     python data/text/prepare.py --input=rows.jsonl --tokenizer=gpt2 --name=chat
     python train.py config/finetune_chat.py
     python sample.py --out_dir=out-chat --chat
 
-For a model of your own prepare the rows with its tokenizer, --tokenizer=out-mytext, and train with
+For your model prepare the rows with its tokenizer, --tokenizer=out-mytext, and train with
 --init_from=out-mytext. Rows are {"messages": [...]}, {"prompt", "completion"}, or any two keys: see data/README.md.
 """
 out_dir = 'out-chat'

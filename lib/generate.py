@@ -115,7 +115,7 @@ def generate(model, prompt, num_samples, max_new_tokens, *, valid_vocab=None, se
     """Yield the next token of all samples, (B,) ids on the model's device, max_new_tokens times.
 
     model: a GPT in eval mode. prompt: a list of at least one id; the model reads the last block_size. valid_vocab:
-    ids from here on are never chosen. no_repeat_ngram: no sequence of so many tokens occurs twice, prompt included;
+    ids from here on are never chosen. no_repeat_ngram: no sequence of this many tokens occurs twice, prompt included;
     0 = off. rules: see sample_next_token. When the context is full, its newest
     KEEP_ON_SLIDE is read again. Nothing synchronises with the device; a -1 means that the model's output is not finite.
     """

@@ -1,6 +1,6 @@
 """Golden traces: four short training runs in float32, whose losses, gradient norms and weights must not change.
 
-    python tests/golden.py record     write tests/golden.json from the code as it is
+    python tests/golden.py record     write tests/golden.json from the present code
     python tests/golden.py            compare with it; exit status 1 if anything differs
 
 Run it before and after a refactoring, on the same machine: the last digits depend on the processor and on torch.

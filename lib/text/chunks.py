@@ -19,7 +19,7 @@ from lib.text import dialogue, read_text
 from lib.text.tokenizer import encoded, from_spec
 
 WINDOW = 10_000  # characters: how far back from the end of a chunk to look for a safe place to split
-LONGEST = 1 << 22  # characters; a document without a safe place in so many is split anywhere, in bounded memory
+LONGEST = 1 << 22  # characters; a document without a safe place in this many is split anywhere, in bounded memory
 SAMPLE = 20_000_000  # bytes: at most this much text trains a BPE
 
 

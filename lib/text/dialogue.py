@@ -85,7 +85,7 @@ def _text(value, name, place):
 
 
 def _joined(record, keys, flag, place):
-    """Return the texts under `keys` joined by newlines, without those that repeat the one before."""
+    """Return the texts under `keys` joined by newlines, without those that repeat the previous one."""
     if not any(key in record for key in keys):
         raise UserError(f'{place}: no key {" or ".join(keys) or "(none named)"} among '
                         f'{", ".join(map(str, record))}; set --{flag}=...')
@@ -159,7 +159,7 @@ def as_text(pieces):
 
 
 def encode_mark(coder, mark):
-    """Return the ids of a mark, each newline encoded by itself.
+    """Return the ids of a mark, each newline encoded alone.
 
     So does a BPE encode newlines before a letter. The ids of the parts are then those of the whole text, which is how
     other programs encode a conversation.
@@ -188,7 +188,7 @@ def separator(coder):
 
 
 def pack(coder, dialogues, marks):
-    """Return (ids, mask) of many dialogues as arrays; after each comes end-of-text, or a newline where there is none.
+    """Return (ids, mask) of many dialogues as arrays; after each comes end-of-text, or a newline if there is no such mark.
 
     That token is no target.
     """
@@ -253,7 +253,7 @@ def read_mask(path, expected, in_memory):
 def chat_template(marks):
     """Return the Jinja template with which transformers writes messages as this program does.
 
-    Blank lines inside a message are left as they are there; `clean` removes them here.
+    Blank lines inside a message are unchanged there; `clean` removes them here.
     """
     user, assistant, end = (json.dumps(marks[name]) for name in ('user', 'assistant', 'end'))
     return ("{%- for message in messages -%}{%- set text = message['content'] | trim -%}"

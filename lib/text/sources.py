@@ -1,6 +1,6 @@
 """Where the tutorials' Chinese texts come from if neither --input nor data/NAME/input.txt gives one.
 
-The texts are in the public domain, but not part of this repository. The addresses are tried in turn, and a download is
+The texts are in the public domain, but not part of this repository. The addresses are tried one after the other, and a download is
 used only if its size and content are those of the text.
 """
 import json
@@ -44,7 +44,7 @@ class Text:
         return '' if self.holds in content else f'it does not contain {self.holds}'
 
     def fetch(self, folder):
-        """Download the text into a data folder and return [its path]; UserError says how to provide it by hand."""
+        """Download the text into a data folder and return [its path]; UserError says how to provide it manually."""
         addresses = [address.replace('NAME', self.name) for address in TUTORIAL] + [self.other] * bool(self.other)
         reason = ''
         for address in addresses:

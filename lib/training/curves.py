@@ -1,7 +1,7 @@
 """What the losses of a run show: its best evaluation, overfitting, and the picture of them (loss.png, plot.py).
 
 A history is a list of evaluations, [step, training loss, validation loss] each, in order; a checkpoint holds it.
-A Run is the same and more, read from log.jsonl. Losses are in nats per token unless they are said to be in bits.
+A Run is the same and more, read from log.jsonl. Losses are in nats per token unless marked as bits.
 """
 import contextlib
 import warnings

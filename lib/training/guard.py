@@ -19,7 +19,7 @@ class Guard:
         self._read, self._latest, self._skipped = DelayedReader(rt.device), None, 0
 
     def allows(self, opt, loss, grad_norm):
-        """Return whether to call opt.step(), which skips a non-finite update by itself where torch supports it.
+        """Return whether to call opt.step(), which itself skips a non-finite update where torch supports it.
 
         loss, grad_norm: scalars on the device. The fused optimizers read `found_inf` there; Metal's does not.
         """

@@ -164,7 +164,7 @@ def trim_log(path, iter_num, evaluated):
         with files.atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
             f.writelines(json.dumps(record) + '\n' for record in kept)
     except OSError as error:
-        return warn(f'could not shorten {path} ({error.strerror}); what is trained again will be in it twice')
+        return warn(f'could not shorten {path} ({error.strerror}); repeated updates will be in it twice')
 
 
 def in_notebook():
