@@ -188,7 +188,7 @@ def separator(coder):
 
 
 def pack(coder, dialogues, marks):
-    """Return (ids, mask) of many dialogues as arrays; after each comes end-of-text, or a newline if there is no such mark.
+    """Return (ids, mask) of many dialogues as arrays; end-of-text follows each, or a newline if there is no such mark.
 
     That token is no target.
     """
