@@ -1,6 +1,6 @@
 """Where the tutorials' Chinese texts come from if neither --input nor data/NAME/input.txt gives one.
 
-The texts are in the public domain, but not part of this repository. The addresses are tried one after the other, and a download is
+The texts are in the public domain, but not part of this repository. One address after the other is tried, and a download is
 used only if its size and content are those of the text.
 """
 import json
