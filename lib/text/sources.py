@@ -1,7 +1,7 @@
 """Where the tutorials' Chinese texts come from if neither --input nor data/NAME/input.txt gives one.
 
-The texts are in the public domain, but not part of this repository. One address after the other is tried, and a download is
-used only if its size and content are those of the text.
+The texts are in the public domain, but not part of this repository. One address after the other is tried, and a
+download is used only if its size and content are those of the text.
 """
 import json
 import re
