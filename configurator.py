@@ -1,7 +1,7 @@
 """Settings of a script: the literals at its top, then config files, then --key=value flags.
 
 A script states its settings as assignments with a comment (batch_size = 12  # sequences per micro-batch) and first
-calls `configure(globals())` in main(). The type of the default is the schema. Flags override config files wherever
+calls `configure(globals())` in main(). A value must have the type of its default. Flags override config files wherever
 they are on the command line, and a later config file overrides an earlier one. A config file is Python and is
 executed: read a stranger's config before you run it.
 """

@@ -1,7 +1,8 @@
-"""Faster forms of a few torch.nn.functional expressions on a CPU.
+"""Faster forms of a few torch.nn.functional expressions, most of them for CPUs only.
 
 You need not read this file to understand the model: each function computes the plain formula in the first line of
-its docstring, and on other devices, under torch.compile, or with ENABLED = False it calls exactly that formula.
+its docstring, and on other devices, under torch.compile, or with ENABLED = False it calls exactly that formula. One
+exception: linear_cross_entropy also saves memory on a GPU.
 """
 import functools
 import math
@@ -39,7 +40,7 @@ def linear(x, weight, bias=None):
 
 
 class CastTogetherFunction(torch.autograd.Function):
-    """[w.to(dtype) for w in weights] in two operations, and their gradients in two."""
+    """[w.to(dtype) for w in weights] in two operations, and the backward pass in two."""
 
     @staticmethod
     def forward(ctx, dtype, *weights):
@@ -115,7 +116,7 @@ def _constant(value):
 
 def rms_norm(x):
     """F.rms_norm(x, x.shape[-1:]): x / sqrt(mean(x^2) + eps) over the last dimension."""
-    eps = torch.finfo(torch.float32).eps  # named, because torch's default differs between devices and versions
+    eps = torch.finfo(torch.float32).eps  # explicit, because torch's default differs between devices and versions
     if _fast(x) and torch.is_grad_enabled():
         return RMSNormFunction.apply(x, eps)
     return F.rms_norm(x, x.shape[-1:], eps=eps)
@@ -271,7 +272,7 @@ def linear_cross_entropy(x, weight, targets, cap=0.0):
     device; not under torch.compile, whose kernels keep fewer copies of the logits, and not in float16, whose
     gradients have to be scaled from the start.
     """
-    n_rows = max(1, (8 * CHUNK if x.is_cuda else CHUNK) // len(weight))  # small chunks would keep a GPU waiting
+    n_rows = max(1, (8 * CHUNK if x.is_cuda else CHUNK) // len(weight))  # small chunks would leave a GPU idle
     if len(x) <= n_rows or not ENABLED or torch.compiler.is_compiling() or x.dtype == torch.float16:
         return cross_entropy(softcap(linear(x, weight.to(x.dtype)), cap), targets)
     weight = weight if torch.is_grad_enabled() else weight.detach()

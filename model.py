@@ -1,7 +1,7 @@
 """GPT-2 and today's variants of it, to be read from top to bottom.
 
-Letters in shapes: B batch, T time (positions), S positions including a KV cache, C = n_embd channels, nh heads,
-hs = C / nh head size, V vocabulary. `kernels.f` computes what the formula beside it says; you need not open it.
+Letters in shapes: B batch, T time (positions), S keys: T and those of the KV cache, C = n_embd channels, nh heads,
+hs = C / nh head size, V vocabulary. Calls to kernels compute the formula beside them; you need not open kernels.py.
 With default options parameter names and shapes are nanoGPT's, so either program reads the other's checkpoints.
 To use the model elsewhere, copy model.py and kernels.py.
 """
@@ -22,7 +22,7 @@ NANOGPT_ARGS = ('n_layer', 'n_head', 'n_embd', 'block_size', 'bias', 'vocab_size
 
 @dataclass
 class GPTConfig:
-    """The architecture. A new option is one line here and one setting of the same name in train.py."""
+    """The architecture. A new option is one line here and a setting in train.py; a string also needs CHOICES."""
     block_size: int = 1024  # longest context, in tokens
     vocab_size: int = 50304  # GPT-2's 50257, rounded up to a multiple of 64 for speed
     n_layer: int = 12
@@ -119,7 +119,7 @@ class KVCache:
 
 
 class Linear(nn.Linear):
-    """nn.Linear whose product is computed in `compute_dtype`, in whatever dtype its weights are stored."""
+    """nn.Linear that multiplies in `compute_dtype`; the weights may be stored in another dtype."""
     compute_dtype = None  # None: the dtype of the weights
     cast = None  # the weight in compute_dtype, if GPT.forward has cast those of all layers together
 
@@ -131,7 +131,7 @@ class Linear(nn.Linear):
         if x.dtype == self.weight.dtype == dtype:  # skip no-op casts: they are 5% of a small model's time per token
             return kernels.linear(x, self.weight, self.bias)
         bias = None if self.bias is None else self.bias.to(dtype)
-        weight = self.weight.to(dtype) if self.cast is None else self.__dict__.pop('cast')  # it serves once
+        weight = self.weight.to(dtype) if self.cast is None else self.__dict__.pop('cast')  # use it once, then drop it
         return kernels.linear(x.to(dtype), weight, bias)
 
 
@@ -189,7 +189,7 @@ class MLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """A gated MLP (Shazeer 2020, arXiv:2002.05202) with 8/3 of the width inside, so that it costs as much as MLP."""
+    """A gated MLP (Shazeer 2020, arXiv:2002.05202) with hidden size 8/3 n_embd, so that it costs as much as MLP."""
 
     def __init__(self, config):
         super().__init__()
@@ -300,7 +300,7 @@ class GPT(nn.Module):
     def _smear(self, x, cache):
         """Add to each embedding in x (B, T, C) a learned fraction of the previous one (modded-nanogpt's record 34).
 
-        The previous token decides most of what follows; without this a first layer has to learn to look there.
+        The previous token decides most of what follows; without smear the first layer has to learn to attend to it.
         """
         previous = cache.prev_embedding if cache is not None and cache.pos else torch.zeros_like(x[:, :1])
         if cache is not None:

@@ -25,7 +25,7 @@ init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large
 out_dir = 'out'  # folder of the training run, relative to the working directory
 
 # text
-start = '\n'  # the prompt, or FILE:prompt.txt; an empty one is the natural beginning of a text
+start = '\n'  # the prompt, or FILE:prompt.txt; empty: start a new text
 fold = True  # convert the prompt to the character width of the training text: ':' to '：' and the reverse
 num_samples = 10  # samples, generated together
 max_new_tokens = 500  # tokens per sample, at most
@@ -40,7 +40,7 @@ top_p = 1.0  # sample from the smallest set of tokens with this total probabilit
 min_p = 0.0  # sample from the tokens at least this fraction as likely as the most likely one; 0 = off
 repetition_penalty = 1.0  # above 1 avoids tokens that occurred, 1.1 to 1.3 is usual; 1 = off
 no_repeat_ngram = 0  # no sequence of this many tokens occurs twice; 0 = off
-seed = 1337  # the same seed gives the same samples, whatever their number
+seed = 1337  # the same seed gives the same samples; more samples leave the first ones unchanged
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
@@ -71,7 +71,7 @@ def check(s):
 
 
 def show(pieces, prompt, live):
-    """Print the samples in order, each followed by 15 hyphens; `live` prints the first unfinished one as it grows."""
+    """Print the samples in order, each followed by 15 hyphens; with `live`, print the current one token by token."""
     waiting, ended, row = [prompt] * num_samples, [False] * num_samples, 0
     for i, piece, last in pieces:
         waiting[i] += piece

@@ -30,10 +30,10 @@ from model import GPT, GPTConfig
 
 # output
 out_dir = 'out'  # folder for checkpoints and log.jsonl, relative to the working directory
-eval_interval = 2000  # updates between evaluations, each of which saves
+eval_interval = 2000  # updates between evaluations, which save; with max_minutes at least eight per run
 log_interval = 1  # updates between printed lines
 eval_iters = 200  # batches per split in an evaluation
-eval_only = False  # evaluate the whole validation split, print, write nothing, end
+eval_only = False  # evaluate the whole validation split and a part of the training split, print, write nothing
 always_save_checkpoint = False  # ckpt.pt holds the newest model instead of the best
 init_from = 'scratch'  # scratch | resume | auto (resume if there is a checkpoint) | gpt2* | a folder with GPT-2 weights
 patience = 0  # stop after this many evaluations without a better validation loss; 0 = off
@@ -58,7 +58,7 @@ n_layer = 12  # blocks
 n_head = 12  # attention heads
 n_embd = 768  # width
 dropout = 0.0  # 0 for pretraining, 0.1 or more for small datasets
-bias = False  # biases in Linear and LayerNorm, as in GPT-2
+bias = False  # True: biases in Linear and LayerNorm, as GPT-2 has
 pos = 'learned'  # learned | rope
 norm = 'layernorm'  # layernorm | rmsnorm (also initialises output projections and an untied head to zero)
 mlp = 'gelu'  # gelu | gelu_tanh (OpenAI's GPT-2) | relu2 | swiglu
@@ -87,7 +87,7 @@ lr_schedule = 'cosine'  # cosine | wsd (constant, then a linear decay)
 warmup_iters = 2000  # updates of linear warm-up
 lr_decay_iters = 600000  # length of the schedule in updates; follows max_iters unless given
 min_lr = 6e-5  # where the schedule ends; a tenth of learning_rate unless given
-cooldown_frac = 0.5  # wsd: fraction of the run, after warm-up, spent decaying
+cooldown_frac = 0.5  # wsd: the last fraction of the run, in which the rate decays
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
@@ -103,7 +103,7 @@ seed = 1337  # for weights, data order and dropout
 @dataclass
 class Progress:
     """Where training stands. A checkpoint holds all of it, so that a resumed run continues exactly."""
-    iter_num: int = 0  # updates done
+    iter_num: int = 0  # updates done; "step" in evaluations, "iter" in the log
     tokens_seen: int = 0
     minutes: float = 0.0  # of running, added up over resumes
     best_val_loss: float = math.inf
@@ -112,7 +112,7 @@ class Progress:
 
 
 def run_fraction(iter_num, minutes, by_clock):
-    """Return how much of the run is over, 0 to 1: by the clock, or by updates."""
+    """Return the fraction of the run that is over (1 or more: all of it), in time or in updates."""
     if by_clock:
         return minutes / max_minutes
     return iter_num / max_iters if max_iters else 1.0
@@ -121,7 +121,7 @@ def run_fraction(iter_num, minutes, by_clock):
 def get_lr_scale(iter_num, fraction, by_clock):
     """Return the learning rate as a fraction of its peak; one schedule serves AdamW and Muon.
 
-    fraction: see run_fraction. By updates, the decay lasts from warmup_iters to lr_decay_iters.
+    fraction: see run_fraction. In updates, the schedule lasts from warmup_iters to lr_decay_iters.
     """
     if not decay_lr:
         return 1.0
@@ -138,7 +138,7 @@ def get_lr_scale(iter_num, fraction, by_clock):
 
 @torch.no_grad()
 def estimate_loss(compiled_model, raw_model, rt, batches):
-    """Return the mean cross-entropy in nats over the targets of `batches`, which the ranks share.
+    """Return the mean cross-entropy in nats over the targets of all ranks' `batches`.
 
     compiled_model handles full batches; a shorter one goes through raw_model, so that nothing is recompiled.
     """
@@ -259,10 +259,10 @@ def main(signals):
     starts = eval_starts(len(data.train), block_size, 1, batch_size, data.train.dialogues)[0]
     contexts = [block_size // 4, block_size // 2, block_size] if context_warmup else [block_size]
     batches = [rt.to_device(*data.train.batch(starts, context)) for context in contexts]
-    steps_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
+    micro_steps_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
     compiled_model = compiler.compile_or_fall_back(
         raw_model, rt, settings.given('compile'), compiler.step_in_all_shapes(raw_model, batches),
-        lambda step_seconds: min(step_seconds * steps_left, 60 * max_minutes or math.inf))
+        lambda step_seconds: min(step_seconds * micro_steps_left, 60 * max_minutes or math.inf))
     model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
@@ -310,7 +310,7 @@ def main(signals):
         while True:
             # every rank follows the same clock and the same signal
             p.minutes, signal = rt.all_reduce_max(minutes_now(), signals.level)
-            fraction = run_fraction(p.iter_num, p.minutes, by_clock)  # of the run, 0 to 1
+            fraction = run_fraction(p.iter_num, p.minutes, by_clock)  # of the run; 1 or more: it is over
             out_of_patience = 0 < patience <= curves.evaluations_since_best(p.history)
             last = fraction >= 1 or out_of_patience or 0 < max_minutes <= p.minutes
             evaluated = bool(p.history) and p.history[-1][0] >= p.iter_num
@@ -320,7 +320,7 @@ def main(signals):
 
             # once in a while: evaluate, sample, save
             due = p.iter_num % eval_interval == 0 or (by_clock and len(p.history) <= int(8 * fraction))
-            ending = signal > 1  # without an evaluation, which may take longer than a scheduler waits
+            ending = signal > 1  # save at once, without an evaluation: a cluster may not wait
             if (due or last) and not evaluated and not ending:
                 line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
                 if rt.all_reduce_max(rt.interrupted())[0]:  # the evaluation ended early
@@ -362,7 +362,7 @@ def main(signals):
             for micro_step in range(rt.rank, micro_steps, rt.world_size):
                 rows = starts[micro_step * batch_size:(micro_step + 1) * batch_size]
                 idx, targets = rt.to_device(*data.train.batch(rows, context))  # (B, T) each
-                distributed.set_grad_sync(model, micro_step + rt.world_size >= micro_steps)  # after the last one only
+                distributed.set_grad_sync(model, micro_step + rt.world_size >= micro_steps)  # only after the last
                 _, loss = model(idx, targets)
                 # the gradient is the mean over the targets of all micro-batches and ranks
                 loss = loss * weights[micro_step] * rt.world_size / micro_steps
@@ -371,11 +371,11 @@ def main(signals):
             scaler.unscale_(opt)
             grad_norm = clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
             grad_norm = distributed.full_tensor(grad_norm)
-            if guard.allows(opt, total_loss, grad_norm):
+            if guard.allows(opt, total_loss, grad_norm):  # the device skips a non-finite update; False only on Metal
                 scaler.step(opt)
             scaler.update()
             opt.zero_grad(set_to_none=True)
-            guard.check(p.iter_num)  # ends the run if an update was not finite; it has not reached the weights
+            guard.check(p.iter_num)  # ends the run if the loss or gradient was not finite; the weights are intact
 
             # log
             logged = p.iter_num % log_interval == 0
