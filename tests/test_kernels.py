@@ -189,7 +189,7 @@ def test_the_weights_of_all_layers_are_cast_into_one_tensor_and_used_once():
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_an_update_of_the_cpu_recipe_takes_at_most_450_operations(dtype):  # 1,098 in bfloat16 before these kernels
+def test_an_update_of_the_cpu_recipe_takes_at_most_450_operations(dtype):  # 989 in bfloat16 before these kernels
     net = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=4, n_head=2, n_embd=128, bias=False, pos='rope',
                         norm='rmsnorm', mlp='relu2', qk_norm=True, tie_weights=False, smear=True))
     net.set_compute_dtype(dtype)
@@ -206,4 +206,5 @@ def test_an_update_of_the_cpu_recipe_takes_at_most_450_operations(dtype):  # 1,0
         update()
     counts = operations.by_kind(profile.events())
     counts.pop('AccumulateGrad', None)  # only hands the gradient over
+    print('operations per update:', sum(counts.values()))
     assert sum(counts.values()) <= 450, counts
