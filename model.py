@@ -334,8 +334,8 @@ class GPT(nn.Module):
     def flops_per_token(self, context=None):
         """Return the FLOPs of the forward and backward pass per token, in contexts of `context` tokens (block_size).
 
-        6 N + 12 L C T (PaLM, arXiv:2204.02311, appendix B). N: parameters in matrix products, so neither positions
-        nor an embedding with an untied head. 12 L C T: the two attention products, without the causal half.
+        6 N + 12 L C T (PaLM, arXiv:2204.02311, appendix B). N: all parameters but position embeddings
+        and an untied input embedding. 12 L C T: both attention products in full, though the mask makes half unneeded.
         """
         c = self.config
         embedding = 0 if c.tie_weights else self.transformer.wte.weight.numel()

@@ -56,7 +56,7 @@ class Mutant:
     """One change of one line."""
     kind: str
     line: int
-    before: str  # the line as it is
+    before: str  # the original line
     after: str  # the line that replaces it
 
 

@@ -12,6 +12,7 @@ import torch
 from configurator import UserError
 from lib.generate import StreamDecoder, forbid_repeated_ngrams, sample_next_token
 from lib.text import dialogue
+from lib.text.prompt import typed
 from model import KVCache
 
 HELP = '/reset forgets the conversation, /quit ends it; Ctrl-C stops an answer'
@@ -25,7 +26,6 @@ class Conversation:
     """
 
     def __init__(self, model, tok, marks, *, max_new_tokens=500, seed=1337, system='', no_repeat_ngram=0, **rules):
-        self.no_repeat_ngram = no_repeat_ngram
         self.model, self.tok, self.marks, self.rules = model, tok, marks, rules
         self.no_repeat_ngram = no_repeat_ngram
         self.max_new_tokens, self.seed, self.system = max_new_tokens, seed, dialogue.clean(system)
@@ -128,7 +128,7 @@ def talk(conversation, live, fit=lambda text: text):
         print(HELP)
     while True:
         try:
-            line = input(asks).encode('utf-8', 'surrogateescape').decode('utf-8', 'replace').strip()
+            line = typed(input(asks)).strip()
         except (EOFError, KeyboardInterrupt):
             print()
             return

@@ -60,7 +60,7 @@ WORDS = {
         'recall': ('我的{0}叫什么？', '我的{0}叫什么名字？'), 'space': '',
     },
 }
-# how often each kind of question is asked: what is learned last, most
+# how often each kind of question is asked; the kinds that a model learns last are asked most
 TASKS = {'greet': 1, 'where': 2, 'who': 2, 'colour': 2, 'sum': 3, 'reverse': 1, 'count': 1, 'remember': 1}
 
 

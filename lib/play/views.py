@@ -13,6 +13,7 @@ from lib import generate
 from lib.chat import open_conversation
 from lib.play import attention
 from lib.text import dialogue
+from lib.text.prompt import encode_text
 
 BARS = 20  # tokens of `likely`
 OTHERS = 8  # alternatives reported with each written token
@@ -28,11 +29,7 @@ def encode(opened, text, drop_unknown=False):
     tok = opened.tok
     if drop_unknown and tok.kind == 'char':
         text = ''.join(c for c in text if c in tok.chars)
-    parts = [text] if tok.eot is None else text.split(tok.separator)
-    ids = tok.encode(parts[0])
-    for part in parts[1:]:
-        ids += [tok.eot] + tok.encode(part)
-    return ids
+    return encode_text(text, tok)
 
 
 def prompt_ids(opened, prompt, after):

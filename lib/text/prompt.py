@@ -39,10 +39,15 @@ def fit_to_vocabulary(prompt, stop, tok, fold):
     return prompt, stop
 
 
-def encode_prompt(text, tok):
-    """Return the ids of the prompt; a written end-of-text mark becomes that token."""
+def encode_text(text, tok):
+    """Return the ids of a text; a written end-of-text mark becomes that token if the tokenizer has it."""
     parts = [text] if tok.eot is None else text.split(tok.separator)
     ids = tok.encode(parts[0])
     for part in parts[1:]:
         ids += [tok.eot] + tok.encode(part)
-    return ids or tok.start_ids
+    return ids
+
+
+def encode_prompt(text, tok):
+    """Return the ids of the prompt, those of the beginning of a text if it is empty."""
+    return encode_text(text, tok) or tok.start_ids
