@@ -34,7 +34,7 @@ WORDS = {
         'called': 'Milo Luna Max Bella Rocky Coco Felix Daisy Oscar Ruby Simba Nala Toby Lily Jasper Honey'.split(),
         'parts': [c + v for c in 'bdfgklmnprst' for v in 'aeiou'],  # of made-up words
         'greet': ('{0}, I am {1}', '{0}! my name is {1}.'), 'greeted': '{0}, {1}!',
-        'is_in': '{0} is in the {1}.', 'where': ('where is {0}?', 'where can I find {0}?'), 'at': 'in the {1}',
+        'is_in': '{0} is in the {1}.', 'where': ('where is {0}?', 'where can I find {0}?'), 'at': '{0} is in the {1}.',
         'who': ('who is in the {1}?',), 'has_colour': 'the {0} is {1}.',
         'colour': ('what colour is the {0}?', 'what is the colour of the {0}?'),
         'sum': ('what is {0} plus {1}?', '{0} plus {1}'), 'reverse': ('reverse the word {0}', 'write {0} backwards'),
@@ -52,7 +52,7 @@ WORDS = {
         'called': '咪咪 豆豆 旺财 小白 小黑 毛毛 乐乐 球球 花花 点点 贝贝 阿福 团团 圆圆 来福 雪儿'.split(),
         'parts': list('山水火风云雨花草树木日月星河海天地春夏秋冬东西南北'),
         'greet': ('{0}，我是{1}', '{0}！我叫{1}。'), 'greeted': '{0}，{1}！',
-        'is_in': '{0}在{1}。', 'where': ('{0}在哪里？', '{0}在什么地方？'), 'at': '在{1}', 'who': ('谁在{1}？',),
+        'is_in': '{0}在{1}。', 'where': ('{0}在哪里？', '{0}在什么地方？'), 'at': '{0}在{1}。', 'who': ('谁在{1}？',),
         'has_colour': '{0}是{1}的。', 'colour': ('{0}是什么颜色？', '{0}是什么颜色的？'),
         'sum': ('{0}加{1}等于多少？', '{0}加{1}'), 'reverse': ('把{0}倒过来写', '反过来念{0}'),
         'count': ('{0}有几个字？', '数一数{0}的字数'), 'counted': '{0}个',
@@ -61,7 +61,7 @@ WORDS = {
     },
 }
 # how often each kind of question is asked; the kinds that a model learns last are asked most
-TASKS = {'greet': 1, 'where': 2, 'who': 2, 'colour': 2, 'sum': 3, 'reverse': 1, 'count': 1, 'remember': 1}
+TASKS = {'greet': 1, 'where': 3, 'who': 4, 'colour': 3, 'sum': 4, 'reverse': 1, 'count': 1, 'remember': 1}
 
 
 def held_out(*combination):
