@@ -172,47 +172,84 @@ def relu_squared(x):
 
 
 class CausalAttentionFunction(torch.autograd.Function):
-    """Attention written out as matrix products: forward 2, backward 4."""
+    """Attention written out as matrix products: forward 2, backward 4. See _attend for the arguments."""
 
     @staticmethod
-    def forward(ctx, q, k, v, dropout_p):
-        shape, T, hs = q.shape, q.size(2), q.size(3)
-        q, k, v = (t.reshape(-1, T, hs) for t in (q, k, v))  # (B nh, T, hs) each
-        p = torch.baddbmm(_causal_mask(T, q.dtype), q, k.mT, alpha=hs ** -0.5).softmax(-1)  # (B nh, T, T)
+    def forward(ctx, q, k, v, mask, n_blocks, dropout_p):
+        scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5)  # (N, T, S)
+        if n_blocks:  # the first block of each sequence has no block before it
+            scores.unflatten(0, (-1, n_blocks))[:, 0, :, :q.size(1)] = -math.inf
+        p = scores.softmax(-1)
         keep = _dropout_mask(p, dropout_p) if dropout_p else None
         dropped = p if keep is None else p * keep
         ctx.save_for_backward(q, k, v, p, dropped, keep)
-        return (dropped @ v).view(shape)
+        return dropped @ v
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
-        (q, k, v, p, dropped, keep), shape, scale = ctx.saved_tensors, dy.shape, dy.size(-1) ** -0.5
-        dy = dy.reshape(q.shape)
+        (q, k, v, p, dropped, keep), scale = ctx.saved_tensors, dy.size(-1) ** -0.5
         dv, dp = dropped.mT @ dy, dy @ v.mT
         ds = torch._softmax_backward_data(dp if keep is None else dp * keep, p, -1, p.dtype)
         dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)  # scale * ds @ k
         dk = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale)
-        return dq.view(shape), dk.view(shape), dv.view(shape), None
+        return dq, dk, dv, None, None, None
 
 
 @functools.lru_cache(maxsize=8)
-def _causal_mask(T, dtype):
-    """Return (T, T): 0 where a position may look, -inf after it."""
-    return torch.full((T, T), -math.inf, dtype=dtype).triu(1)
+def _mask(T, S, window, dtype, device):
+    """Return (T, S): 0 where the last T of S positions may look, -inf elsewhere."""
+    future = torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T + 1)
+    if window:
+        future |= torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T - window)
+    return torch.zeros(T, S, dtype=dtype, device=device).masked_fill(future, -math.inf)
 
 
-def causal_attention(q, k, v, dropout_p=0.0):
+def _attend(q, k, v, mask, n_blocks, dropout_p):
+    """softmax(q k^T / sqrt(hs) + mask) v for q (N, T, hs), k and v (N, S, hs), mask (T, S).
+
+    n_blocks: 0, or how many of the N are the blocks of one sequence; its first block does not see the first T keys.
+    """
+    if _fast(q) and (q.dtype == torch.bfloat16 or dropout_p or torch.is_grad_enabled()):
+        return CausalAttentionFunction.apply(q, k, v, mask, n_blocks, dropout_p)
+    if n_blocks:
+        T, S = mask.shape
+        first = mask.masked_fill(torch.arange(S, device=mask.device) < T, -math.inf)
+        mask = torch.stack([first, *[mask] * (n_blocks - 1)]).repeat(len(q) // n_blocks, 1, 1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
+
+
+def _window_attention(q, k, v, dropout_p, window):
+    """Attention of each position to the last `window` positions: q, k, v (B, nh, T, hs) with T > window.
+
+    The sequence is cut into blocks of `window` positions. A block attends to itself and to the block before it, so the
+    cost grows with T * window instead of T^2.
+    """
+    B, nh, T, hs = q.shape
+    q, k, v = (F.pad(t, (0, 0, 0, -T % window)).reshape(B * nh, -1, window, hs) for t in (q, k, v))
+    n_blocks = q.size(1)
+    k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, -1)), t], 2).flatten(0, 1) for t in (k, v))  # (N, 2 window, hs)
+    y = _attend(q.flatten(0, 1), k, v, _mask(window, 2 * window, window, q.dtype, q.device), n_blocks, dropout_p)
+    return y.view(B, nh, -1, hs)[:, :, :T]
+
+
+def causal_attention(q, k, v, dropout_p=0.0, window=0):
     """softmax(q k^T / sqrt(hs) + mask) v: the last T of S positions attend to themselves and those before them.
 
-    q: (B, nh, T, hs). k, v: (B, nh, S, hs). Returns (B, nh, T, hs). Uses torch's fused kernel, except on a CPU with
-    T <= 512 in training, in bfloat16 or with dropout: there the products written out are faster.
+    q: (B, nh, T, hs). k, v: (B, nh, S, hs). Returns (B, nh, T, hs). window: attend only to the last `window`
+    positions, itself included; 0 = to all. Uses torch's fused kernel, except on a CPU with T = S <= 512 in training,
+    in bfloat16 or with dropout: there the products written out are faster.
     """
     T, S = q.size(2), k.size(2)
+    if 0 < window < T == S:
+        return _window_attention(q, k, v, dropout_p, window)
+    if 0 < window < S and T == 1:
+        k, v, window = k[:, :, -window:], v[:, :, -window:], 0
     if _fast(q) and T == S <= 512 and (q.dtype == torch.bfloat16 or dropout_p or torch.is_grad_enabled()):
-        return CausalAttentionFunction.apply(q, k, v, dropout_p)
+        flat = (t.reshape(-1, T, t.size(-1)) for t in (q, k, v))  # (B nh, T, hs) each
+        return CausalAttentionFunction.apply(*flat, _mask(T, T, 0, q.dtype, q.device), 0, dropout_p).view(q.shape)
     # is_causal aligns to the top left, so fewer queries than keys (a KV cache) need an explicit mask
-    mask = torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T) if 1 < T < S else None
+    mask = _mask(T, S, window, q.dtype, q.device) if 1 < T < S else None
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=1 < T == S, dropout_p=dropout_p)
 
 

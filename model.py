@@ -36,6 +36,7 @@ class GPTConfig:
     qk_norm: bool = False  # normalise queries and keys
     tie_weights: bool = True  # the embedding matrix is also the output head
     softcap: float = 0.0  # keep logits within +-softcap; 0 = off
+    window: int = 0  # positions that attention sees, the present one included; 0 = all before it
     smear: bool = False  # add a learned fraction (one per channel) of the previous token's embedding
 
     def validate(self):
@@ -48,8 +49,8 @@ class GPTConfig:
             errors.append(f'pos=rope rotates pairs: n_embd / n_head must be even, got {self.n_embd // self.n_head}')
         if not 0 <= self.dropout < 1:
             errors.append(f'dropout must be at least 0 and below 1, got {self.dropout}')
-        if self.softcap < 0:
-            errors.append(f'softcap must be 0 (off) or more, got {self.softcap}')
+        errors += [f'{name} must be 0 (off) or more, got {getattr(self, name)}'
+                   for name in ('softcap', 'window') if getattr(self, name) < 0]
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 errors.append(f'{name} must be one of {", ".join(choices)}; got {getattr(self, name)!r}')
@@ -147,7 +148,7 @@ class Dropout(nn.Dropout):
 class CausalSelfAttention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_head, self.dropout = layer, config.n_head, config.dropout
+        self.layer, self.n_head, self.dropout, self.window = layer, config.n_head, config.dropout, config.window
         self.c_attn = Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # queries, keys and values in one
         self.c_proj = Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.resid_dropout = Dropout(config.dropout)
@@ -166,7 +167,7 @@ class CausalSelfAttention(nn.Module):
             k, v = cache.update(self.layer, k, v)  # (B, nh, S, hs)
             q = q.contiguous().to(k.dtype)  # contiguous: Metal's kernel of torch < 2.12 misreads other layouts
         # softmax(q k^T / sqrt(hs)) v, where a position sees only itself and those before it
-        y = kernels.causal_attention(q, k, v, self.dropout if self.training else 0.0)  # (B, nh, T, hs)
+        y = kernels.causal_attention(q, k, v, self.dropout if self.training else 0.0, self.window)  # (B, nh, T, hs)
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -339,7 +340,8 @@ class GPT(nn.Module):
         """
         c = self.config
         embedding = 0 if c.tie_weights else self.transformer.wte.weight.numel()
-        return 6 * (self.get_num_params() - embedding) + 12 * c.n_layer * c.n_embd * (context or c.block_size)
+        context = min(context or c.block_size, 2 * c.window or math.inf)  # kernels computes two windows per position
+        return 6 * (self.get_num_params() - embedding) + 12 * c.n_layer * c.n_embd * context
 
     def param_groups(self, weight_decay, muon=False):
         """Return optimizer groups in nanoGPT's order: 2-D parameters with weight decay, then the others without.

@@ -23,7 +23,7 @@ from lib.text import tokenizer
 from lib.text.dataset import eval_starts, next_windows, split_batches, train_starts
 from lib.training import curves, log, preflight, trial
 from lib.training.guard import Guard
-from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer
+from lib.training.optim import clip_grad_norm_, decay_for_epochs, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
 from lib.weights import checkpoint, load_model, lora
 from model import GPT, GPTConfig
@@ -65,6 +65,7 @@ mlp = 'gelu'  # gelu | gelu_tanh (OpenAI's GPT-2) | relu2 | swiglu
 qk_norm = False  # normalise queries and keys
 tie_weights = True  # the embedding matrix is also the output head
 softcap = 0.0  # keep logits within +-softcap; 0 = off
+window = 0  # positions that attention sees, the present one included; 0 = all before it
 smear = False  # add a learned fraction of the previous token's embedding
 lora_rank = 0  # fine-tune low-rank adapters of this rank and freeze the weights; 0 = off
 checkpoint_activations = False  # recompute blocks in the backward pass: less memory, a third more time
@@ -77,6 +78,7 @@ muon_momentum = 0.95  # 0.9 learns more in runs of a few hundred updates
 max_iters = 600000  # updates
 max_minutes = 0.0  # train for this long, from the start of the process; 0 = off. Off with an explicit --max_iters
 weight_decay = 1e-1  # on 2-D parameters
+epoch_decay = 0.0  # weight_decay is at least this times the square root of the epochs that the run will read; 0 = off
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
 grad_clip = 1.0  # largest gradient norm; 0 = off
@@ -353,8 +355,10 @@ def main(signals):
             # one update: forward, backward, clip, step
             began = time.perf_counter()
             lr_scale = get_lr_scale(p.iter_num, fraction, by_clock)
+            epochs = p.tokens_seen / data.train.epoch_tokens(block_size) / fraction if fraction else 0.0  # of the run
             for group in opt.param_groups:
                 group['lr'] = group['initial_lr'] * lr_scale
+                group['weight_decay'] = decay_for_epochs(group['initial_decay'], epoch_decay, epochs)
             first, offset, context = next_windows(p.tokens_seen, sequences, block_size, fraction, context_warmup)
             starts = offset + train_starts(seed, len(data.train), block_size, first, sequences, data.train.dialogues)
             weights = data.train.weights(starts, micro_steps)  # all 1 unless the data has a mask

@@ -8,6 +8,10 @@ qk_norm = False
 tie_weights = True
 softcap = 0.0
 smear = False
+if window:  # attention to all positions takes long in long contexts: shorter ones, as many tokens per update
+    block_size = block_size // 4
+    batch_size = 4 * batch_size
+window = 0
 
 optimizer = 'adamw'
 learning_rate = 6e-4
@@ -15,6 +19,7 @@ min_lr = 6e-5
 beta1 = 0.9
 beta2 = 0.95
 weight_decay = 0.1
+epoch_decay = 0.0
 grad_clip = 1.0
 decay_lr = True
 lr_schedule = 'cosine'

@@ -40,6 +40,7 @@ beta2 = 0.99  # few tokens per update: average over more updates
 lr_schedule = 'wsd'  # constant, then a linear decay
 cooldown_frac = 0.8  # the fraction of the run after the warmup in which the rate decays
 warmup_iters = 10
+epoch_decay = 0.2  # the more often a text is read, the more weight decay
 context_warmup = 0.6  # short contexts first: more updates in the same time
 
 context_warmup = 0.0  # not in this config: a shorter context would cut the lines

@@ -26,7 +26,9 @@ log_interval = 10
 
 if not device.startswith('cuda'):  # a CPU or a Mac
     max_minutes = 3.0  # the schedule follows the clock, so a slow machine finishes too
-    batch_size = 16  # small updates, and many of them
+    batch_size = 4  # 4 x 1,024 = 4,096 tokens: small updates, and many of them
+    block_size = 1024  # the first characters of a context are the hardest, so few contexts begin
+    window = 64  # attention further back teaches a small model nothing here
     n_layer = 4
     n_head = 2
     n_embd = 128
@@ -50,4 +52,5 @@ if not device.startswith('cuda'):  # a CPU or a Mac
     lr_schedule = 'wsd'  # constant, then a linear decay
     cooldown_frac = 0.8  # the fraction of the run after the warmup in which the rate decays
     warmup_iters = 10
+    epoch_decay = 0.2  # the more often a text is read, the more weight decay
     context_warmup = 0.6  # short contexts first: more updates in the same time

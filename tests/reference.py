@@ -5,7 +5,7 @@ import torch
 
 OPTIONS = {'bias': (True, False), 'pos': ('learned', 'rope'), 'norm': ('layernorm', 'rmsnorm'),
            'mlp': ('gelu', 'gelu_tanh', 'relu2', 'swiglu'), 'qk_norm': (False, True), 'tie_weights': (True, False),
-           'softcap': (0.0, 2.0), 'smear': (False, True)}
+           'softcap': (0.0, 2.0), 'smear': (False, True), 'window': (0, 3)}
 
 
 def pairwise():
@@ -60,8 +60,9 @@ def logits(w, config, idx):
                 qh, kh = rotated(qh), rotated(kh)
             out = []
             for t in range(T):
-                weight = ((kh[:, :t + 1] * qh[:, t:t + 1]).sum(-1) / math.sqrt(hs)).softmax(-1)  # (B, t + 1)
-                out.append((weight[..., None] * vh[:, :t + 1]).sum(1))
+                seen = slice(max(0, t + 1 - config.window) if config.window else 0, t + 1)
+                weight = ((kh[:, seen] * qh[:, t:t + 1]).sum(-1) / math.sqrt(hs)).softmax(-1)  # (B, positions seen)
+                out.append((weight[..., None] * vh[:, seen]).sum(1))
             heads.append(torch.stack(out, 1))
         return linear(torch.cat(heads, -1), f'{name}.c_proj')
 

@@ -9,7 +9,7 @@ from configurator import resolve
 
 CONFIGS = sorted(p.name for p in (REPO / 'config').glob('*.py'))
 # what a config may ask: is there an NVIDIA GPU, and how wide is the model of the config before it
-CONDITIONS = {"not device.startswith('cuda')", 'n_embd < 768'}
+CONDITIONS = {"not device.startswith('cuda')", 'n_embd < 768', 'window'}
 RECIPE_START, RECIPE_END = '# The recipe for small models without a GPU', 'context_warmup = 0.6'
 
 

@@ -112,7 +112,8 @@ def test_gpt2s_own_tokenizer_keeps_its_ids_in_transformers(tmp_path):
 # Faults
 
 @pytest.mark.parametrize('name, value', [('pos', 'rope'), ('norm', 'rmsnorm'), ('mlp', 'relu2'), ('mlp', 'swiglu'),
-                                         ('qk_norm', True), ('tie_weights', False), ('softcap', 15.0), ('smear', True)])
+                                         ('qk_norm', True), ('tie_weights', False), ('softcap', 15.0), ('smear', True),
+                                         ('window', 64)])
 def test_options_that_transformers_gpt2_lacks_are_refused_in_one_line(exported, tmp_path, name, value):
     done, _ = exported(**{name: value})
     assert done.status == 1 and len(done.err.strip().splitlines()) == 1

@@ -58,11 +58,24 @@ def double(*shape, seed):
     return random(*shape, seed=seed, dtype=torch.float64).requires_grad_()
 
 
+@pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
+@pytest.mark.parametrize('enabled', [True, False], ids=['kernels on', 'kernels off'])
+@pytest.mark.parametrize('T, S', [(12, 12), (11, 11), (4, 4), (3, 3), (1, 9), (3, 9)])
+def test_a_window_hides_what_is_further_back(T, S, enabled, dtype, tolerance, monkeypatch):
+    monkeypatch.setattr(kernels, 'ENABLED', enabled)
+    q, k, v = random(2, 3, T, 8), random(2, 3, S, 8, seed=2), random(2, 3, S, 8, seed=3)
+    distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= 4), -math.inf)
+    out = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), window=4)
+    torch.testing.assert_close(out.float(), scores.softmax(-1) @ v, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize('window', [0, 2])
 @pytest.mark.parametrize('dropout_p', [0.0, 0.3])
-def test_attention_has_the_gradients_of_its_formula(dropout_p):
+def test_attention_has_the_gradients_of_its_formula(dropout_p, window):
     def attention(q, k, v):
         torch.manual_seed(0)  # the same dropout each time
-        return kernels.causal_attention(q, k, v, dropout_p)
+        return kernels.causal_attention(q, k, v, dropout_p, window)
     q, k, v = (double(1, 5, 2, 4, seed=seed).transpose(1, 2) for seed in (1, 2, 3))  # laid out as in the model
     torch.autograd.gradcheck(attention, (q, k, v))
 

@@ -8,7 +8,13 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from configurator import REPO, UserError
-from lib.training.optim import clip_grad_norm_, load_optimizer_state, make_optimizer, newton_schulz
+from lib.training.optim import (
+    clip_grad_norm_,
+    decay_for_epochs,
+    load_optimizer_state,
+    make_optimizer,
+    newton_schulz,
+)
 from model import GPT, GPTConfig
 from tests.kit import differences
 
@@ -244,3 +250,9 @@ def test_the_state_of_another_optimizer_is_refused():
     net = tiny()
     with pytest.raises(UserError, match='was the setting optimizer changed'):
         load_optimizer_state(ours(net, 'muon'), ours(net).state_dict(), 'last.pt')
+
+
+@pytest.mark.parametrize('epochs, expected', [(0, 0.1), (0.2, 0.1), (4, 0.4), (30, 1.095)])
+def test_weight_decay_follows_the_square_root_of_the_epochs(epochs, expected):
+    assert decay_for_epochs(0.1, 0.2, epochs) == pytest.approx(expected, rel=1e-3)
+    assert decay_for_epochs(0.1, 0.0, epochs) == 0.1 and decay_for_epochs(0.0, 0.2, epochs) == 0.0

@@ -47,6 +47,7 @@ def test_the_parts_are_those_of_a_model_that_is_built():
     (GPTConfig(64, 65, 4, 4, 128, 0.0, False), {}),
     (GPTConfig(256, 65, 4, 4, 128, 0.0, False, **MODERN), {}),
     (GPTConfig(128, 1000, 3, 4, 256, 0.0, True, mlp='swiglu'), {}),
+    (GPTConfig(512, 65, 3, 4, 64, 0.0, False, window=64), {}),
     (GPTConfig(64, 50257, 2, 4, 128, 0.0, False), {}),
     (GPTConfig(128, 1000, 3, 4, 256, 0.0, False), dict(checkpoint_activations=True)),
     (GPTConfig(128, 1000, 4, 4, 256, 0.0, True), dict(lora_rank=8)),
@@ -230,7 +231,7 @@ def test_short_contexts_give_a_timed_run_more_updates():
 
 def test_the_line_of_train_py_has_time_memory_and_epochs():
     run = job(GPTConfig(100, 65, 1, 1, 8), max_iters=1000, eval_interval=10**9, eval_iters=1, train_tokens=10_000)
-    minutes, line = plan.one_line(run, 0.6, n_bytes=2.5e9)
+    minutes, _, line = plan.one_line(run, 0.6, n_bytes=2.5e9)
     assert minutes == pytest.approx(10, rel=0.01)
     assert line.startswith('plan: about 10m') and '1k updates, 200k tokens (20 epochs), 2.50 GB of memory' in line
 

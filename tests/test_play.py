@@ -230,7 +230,7 @@ def test_attention_rows_sum_to_one_and_see_no_future(play, folder, options):
     assert answer['tokens'] == list('abc人之初h')
 
 
-@pytest.mark.parametrize('options', [{}, MODERN])
+@pytest.mark.parametrize('options', [{}, MODERN, {'window': 3}])
 @torch.inference_mode()
 def test_recomputed_attention_gives_what_the_layer_gave(options):
     torch.manual_seed(0)

@@ -24,8 +24,10 @@ def recompute(attn, x, rope):
     q, k = qk.unbind(2)  # (1, T, nh, hs) each
     q, k = q[0].transpose(0, 1).float(), k[0].transpose(0, 1).float()  # (nh, T, hs) each
     scores = q @ k.mT / math.sqrt(q.size(-1))  # (nh, T, T)
-    future = torch.ones(T, T, dtype=torch.bool, device=x.device).triu(1)
-    return scores.masked_fill(future, -math.inf).softmax(-1)
+    position = torch.arange(T, device=x.device)
+    distance = position[:, None] - position  # to the position that is attended to
+    seen = (distance >= 0) & (distance < (attn.window or T))
+    return scores.masked_fill(~seen, -math.inf).softmax(-1)
 
 
 @torch.inference_mode()

@@ -43,11 +43,11 @@ class MemoryCount(TorchDispatchMode):
     """
 
     def __enter__(self):
-        kernels._causal_mask.cache_clear()  # masks of real runs do not belong in a count, nor the other way round
+        kernels._mask.cache_clear()  # masks of real runs do not belong in a count, nor the other way round
         return super().__enter__()
 
     def __exit__(self, *error):
-        kernels._causal_mask.cache_clear()
+        kernels._mask.cache_clear()
         return super().__exit__(*error)
 
     def __init__(self, device_type):

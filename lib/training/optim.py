@@ -1,5 +1,6 @@
 """What torch.optim lacks: Muon for matrices beside AdamW for the rest, in one optimizer with one state."""
 import inspect
+import math
 
 import torch
 
@@ -140,16 +141,27 @@ def clip_grad_norm_(parameters, max_norm):
 
 
 def make_optimizer(kind, groups, learning_rate, muon_lr, betas, device_type, muon_momentum=0.95):
-    """Return 'adamw' or 'muon' over the groups of GPT.param_groups; each keeps its peak rate as `initial_lr`.
+    """Return 'adamw' or 'muon' over the groups of GPT.param_groups.
+
+    Each group keeps its peak rate as `initial_lr` and its weight decay as `initial_decay`.
 
     Uses torch's fused update if it has one: a single pass over the weights, and it can skip a bad update on the
     device.
     """
     for group in groups:
         group['initial_lr'] = muon_lr if kind == 'muon' and group['use_muon'] else learning_rate
-        group['momentum'] = muon_momentum
+        group['momentum'], group['initial_decay'] = muon_momentum, group['weight_decay']
     cls = MuonAdamW if kind == 'muon' else AdamW
     return cls(groups, lr=learning_rate, betas=betas, fused=device_type in ('cpu', 'cuda', 'mps'))
+
+
+def decay_for_epochs(weight_decay, epoch_decay, epochs):
+    """Return the weight decay of a run that reads its text `epochs` times: more, the more often it repeats.
+
+    The best value was 0.1 or less for one epoch, about 0.4 for four and 1 or more for thirty (docs/experiments.md).
+    weight_decay: the least; 0 means no decay at all.
+    """
+    return max(weight_decay, epoch_decay * math.sqrt(epochs)) if weight_decay else 0.0
 
 
 def load_optimizer_state(optimizer, saved, path):

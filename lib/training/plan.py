@@ -136,7 +136,7 @@ def flops_per_token(job, context=0):
     """
     c, T = job.config, context or job.config.block_size
     everything, blocks, adapters = _matrices(job)
-    attention = 4 * c.n_layer * c.n_embd * T  # forward
+    attention = 4 * c.n_layer * c.n_embd * min(T, 2 * c.window or T)  # forward
     if job.lora_rank:
         first = 3 * c.n_embd**2
         total = 4 * everything - 2 * first + 6 * adapters + 3 * attention
@@ -257,7 +257,7 @@ def data_sentence(job, tokens):
 
 
 def one_line(job, seconds_per_update, n_bytes=0, updates_done=0):
-    """Return (minutes, train.py's line on time, memory and epochs) for the rest of a run.
+    """Return (minutes, epochs, train.py's line on time, memory and epochs) for the rest of a run.
 
     seconds_per_update: at full context, see trial.probe; shorter contexts are taken to be faster in proportion, and a
     forward pass alone to take a third. n_bytes: memory at the peak; 0 is left out.
@@ -267,10 +267,11 @@ def one_line(job, seconds_per_update, n_bytes=0, updates_done=0):
     minutes, updates = minutes_from(left if job.max_iters else job, {
         context: seconds_per_update * context / T for _, context in job.contexts}, evaluation)
     tokens = updates * job.tokens_per_update
-    epochs = f' ({tokens / job.train_tokens:.2g} epochs)' if job.train_tokens else ''
+    epochs = tokens / job.train_tokens if job.train_tokens else 0.0
+    read = f' ({epochs:.2g} epochs)' if epochs else ''
     held = f', {size(n_bytes)} of memory' if n_bytes else ''
-    return minutes, (f'plan: about {duration(minutes)} for {human_number(updates)} updates, {human_number(tokens)} '
-                     f'tokens{epochs}{held}')
+    return minutes, epochs, (f'plan: about {duration(minutes)} for {human_number(updates)} updates, '
+                             f'{human_number(tokens)} tokens{read}{held}')
 
 
 def long_run_warning(minutes, limit=60):

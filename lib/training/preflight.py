@@ -26,7 +26,8 @@ SETTING_CHOICES = {
 AT_LEAST = {
     1: ('dist_timeout', 'eval_interval', 'log_interval', 'eval_iters', 'gradient_accumulation_steps', 'batch_size'),
     0: ('max_iters', 'warmup_iters', 'lr_decay_iters', 'patience', 'max_minutes', 'total_batch_tokens', 'peak_tflops',
-        'lora_rank', 'sample_interval', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'seed'),
+        'lora_rank', 'sample_interval', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'seed',
+        'epoch_decay'),
 }
 # Settings that do not work together: (condition, error message).
 CONFLICTS = (

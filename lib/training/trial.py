@@ -8,7 +8,7 @@ import torch
 from lib.machine import runtime
 from lib.machine.device import peak_memory
 from lib.training import plan
-from lib.training.optim import make_optimizer
+from lib.training.optim import decay_for_epochs, make_optimizer
 from lib.weights import lora
 from model import GPT
 
@@ -120,7 +120,10 @@ def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn
     """
     seconds, n_bytes = probe(lambda: net(*batch)[1].backward(), rt, model, opt)
     job = plan.job_from(settings, model.config, rt.dtype, data, rt.world_size)
-    minutes, line = plan.one_line(job, seconds * job.micro_steps / rt.world_size, n_bytes, updates_done)
+    minutes, epochs, line = plan.one_line(job, seconds * job.micro_steps / rt.world_size, n_bytes, updates_done)
     say(line)
+    decay = decay_for_epochs(settings['weight_decay'], settings['epoch_decay'], epochs)
+    if decay > settings['weight_decay'] and not updates_done:
+        say(f'weight decay: about {decay:.2g}, for {epochs:.2g} epochs (epoch_decay={settings["epoch_decay"]:g})')
     if not job.max_minutes and (warning := plan.long_run_warning(minutes)):
         warn(warning)
