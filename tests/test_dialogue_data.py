@@ -129,7 +129,7 @@ def test_a_dialogue_fits_the_context_of_its_config(rows):
 
 def test_the_rows_are_the_same_everywhere(rows):
     text = json.dumps(rows[False][:50], ensure_ascii=False)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == '3b04534a9adbb09d'
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == '2961e4a79f1b01e5'
 
 
 # The score

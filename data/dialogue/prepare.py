@@ -44,7 +44,8 @@ WORDS = {
     },
     'zh': {
         'greetings': '你好 您好 早上好 上午好 下午好 晚上好 晚安 嗨'.split(),
-        'names': [a + b for a in '王李张刘陈' for b in ('明', '芳', '伟', '丽华', '建国')],
+        'names': '李伟 王芳 张敏 刘洋 陈静 杨帆 赵磊 曹丽 周杰 吴霞 徐涛 孙艳 胡军 朱琳 高峰 邓娜 何勇 郭燕 唐超 罗丹 '
+                 '梁宇 宋佳 郑凯 谢婷 韩冰'.split(),
         'places': '花园 厨房 图书馆 公园 学校 办公室 车站 市场 博物馆 饭店 森林 海边'.split(),
         'things': '球 杯子 帽子 汽车 门 椅子 铅笔 书包 灯 大衣 船 盒子'.split(),
         'colours': '红色 蓝色 绿色 黄色 黑色 白色 棕色 灰色 粉色 橙色'.split(),
@@ -61,7 +62,7 @@ WORDS = {
     },
 }
 # how often each kind of question is asked; the kinds that a model learns last are asked most
-TASKS = {'greet': 1, 'where': 3, 'who': 4, 'colour': 3, 'sum': 4, 'reverse': 1, 'count': 1, 'remember': 1}
+TASKS = {'greet': 1, 'where': 2, 'who': 5, 'colour': 2, 'sum': 5, 'reverse': 1, 'count': 1, 'remember': 1}
 
 
 def held_out(*combination):
