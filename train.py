@@ -246,7 +246,7 @@ def main(signals):
     opt = make_optimizer(optimizer, raw_model.param_groups(weight_decay, muon=optimizer == 'muon'), learning_rate,
                          muon_lr, (beta1, beta2), rt.device.type, muon_momentum)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
+    by_clock = max_minutes > 0 and not settings.set_by_flag('max_iters')  # what the schedule follows
     micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
     sequences = micro_steps * batch_size  # per update
     for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters, resumed):
@@ -261,7 +261,7 @@ def main(signals):
     batches = [rt.to_device(*data.train.batch(starts, context)) for context in contexts]
     micro_steps_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
     compiled_model = compiler.compile_or_fall_back(
-        raw_model, rt, settings.given('compile'), compiler.step_in_all_shapes(raw_model, batches),
+        raw_model, rt, settings.was_set('compile'), compiler.step_in_all_shapes(raw_model, batches),
         lambda step_seconds: min(step_seconds * micro_steps_left, 60 * max_minutes or math.inf))
     model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
