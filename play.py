@@ -24,7 +24,7 @@ from lib.training import log
 
 # models
 out_dir = 'out'  # folders of training runs, separated by commas, relative to the working directory
-init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
+init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2 ... gpt2-xl | a run's folder or one with GPT-2 weights
 
 # page
 host = '127.0.0.1'  # address to listen on; 0.0.0.0 admits other machines, which then need the printed token

@@ -21,7 +21,7 @@ from lib.weights import int8
 from lib.weights.load_model import load_model
 
 # model
-init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
+init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2 ... gpt2-xl | a run's folder or one with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
 
 # text

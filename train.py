@@ -35,7 +35,7 @@ log_interval = 1  # updates between printed lines
 eval_iters = 200  # batches per split in an evaluation
 eval_only = False  # evaluate the whole validation split and a part of the training split, print, write nothing
 always_save_checkpoint = False  # ckpt.pt holds the newest model instead of the best
-init_from = 'scratch'  # scratch | resume | auto (resume if there is a checkpoint) | gpt2* | a folder with GPT-2 weights
+init_from = 'scratch'  # scratch | resume | auto (resume, else scratch) | gpt2* | folder of a run or of GPT-2 weights
 patience = 0  # stop after this many evaluations without a better validation loss; 0 = off
 sample_interval = 0  # evaluations between short samples in the log; 0 = off
 
@@ -50,7 +50,7 @@ dataset = 'openwebtext'  # folder under data/
 gradient_accumulation_steps = 5 * 8  # micro-batches per update, over all ranks together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # context length in tokens
-context_warmup = 0.0  # fraction of the run with short contexts: block_size/4, then /2. Off with an explicit --max_iters
+context_warmup = 0.0  # fraction of the run with short contexts: block_size/4, then /2. --max_iters turns a config's off
 total_batch_tokens = 0  # tokens per update; sets gradient_accumulation_steps. 0 = off
 
 # model
@@ -75,7 +75,7 @@ learning_rate = 6e-4  # peak, AdamW
 muon_lr = 0.02  # peak, Muon
 muon_momentum = 0.95  # 0.9 learns more in runs of a few hundred updates
 max_iters = 600000  # updates
-max_minutes = 0.0  # train for this long, from the start of the process; 0 = off. Off with an explicit --max_iters
+max_minutes = 0.0  # minutes to train, from the start of the process; 0 = off. --max_iters turns a config's value off
 weight_decay = 1e-1  # on 2-D parameters
 beta1 = 0.9  # AdamW
 beta2 = 0.95  # AdamW
@@ -87,7 +87,7 @@ lr_schedule = 'cosine'  # cosine | wsd (constant, then a linear decay)
 warmup_iters = 2000  # updates of linear warm-up
 lr_decay_iters = 600000  # length of the schedule in updates; follows max_iters unless given
 min_lr = 6e-5  # where the schedule ends; a tenth of learning_rate unless given
-cooldown_frac = 0.5  # wsd: the last fraction of the run, in which the rate decays
+cooldown_frac = 0.5  # wsd: the last fraction of the schedule, in which the rate decays
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
@@ -121,7 +121,7 @@ def run_fraction(iter_num, minutes, by_clock):
 def get_lr_scale(iter_num, fraction, by_clock):
     """Return the learning rate as a fraction of its peak; one schedule serves AdamW and Muon.
 
-    fraction: see run_fraction. In updates, the schedule lasts from warmup_iters to lr_decay_iters.
+    fraction: see run_fraction. The schedule: by the clock the whole run, in updates warmup_iters to lr_decay_iters.
     """
     if not decay_lr:
         return 1.0
