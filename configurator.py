@@ -240,9 +240,9 @@ def _print_exception(kind, error, trace):  # Python then ends with status 130, w
 
 
 def literals(namespace):
-    """Return the settings among a script's globals: {name: int, float, bool or str}, without _names."""
+    """Return the settings among a script's globals: {name: int, float, bool or str}, without _names and CONSTANTS."""
     return {name: value for name, value in namespace.items()
-            if not name.startswith('_') and type(value) in (int, float, bool, str)}
+            if name.islower() and not name.startswith('_') and type(value) in (int, float, bool, str)}
 
 
 def configure(namespace, argv=None, early=None, check=None, words=''):

@@ -394,6 +394,8 @@ def main(signals):
                 elapsed, updates, tokens = 0.0, 0, 0
             p.iter_num += 1
     bar.close()
+    if by_clock and not p.iter_num:
+        warn(f'max_minutes={max_minutes:g} was over before the first update, so the model is untrained')
     if rt.is_master and not status and (picture := curves.draw_loss(out_dir)):
         say(f'loss curves are in {picture}')
         track({'curves': picture}, p.iter_num)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from configurator import REPO, Origin, Settings, UserError, configure, describe, find_path, resolve
+from configurator import REPO, Origin, Settings, UserError, configure, describe, find_path, literals, resolve
 
 DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'dataset': 'owt', 'device': 'auto', 'start': ''}
 
@@ -127,6 +127,10 @@ def test_the_origin_of_a_value_answers_who_set_it(kind, place, was_set, set_by_f
     assert s['a'] == 3
     assert (s.was_set('a'), s.set_by_flag('a'), s.on_command_line('a')) == (was_set, set_by_flag, on_command_line)
     assert s.kinds() == {'a': kind, 'b': 'default'}
+
+
+def test_constants_and_names_with_an_underscore_are_no_settings():
+    assert literals({'size': 1, 'BARS': 'x', 'Name': 'x', '_private': 2, 'path': REPO}) == {'size': 1}
 
 
 def test_an_automatic_value_is_not_one_that_was_given():

@@ -238,6 +238,13 @@ def test_wsd_decays_by_the_clock(run, workdir, clock):
     assert rates() == pytest.approx([0.001 + 0.009 * min(1, (1 - i / 20) / 0.5) for i in range(20)])
 
 
+def test_a_run_whose_time_is_over_before_the_first_update_says_that_the_model_is_untrained(run, workdir, clock):
+    assert 'untrained' not in run('train.py', *TIMED, '--max_minutes=0.2').err
+    clock.n_updates = 1  # importing took 0.1 minutes
+    done = run('train.py', *TIMED, '--max_minutes=0.05')
+    assert 'max_minutes=0.05 was over before the first update, so the model is untrained' in done.err
+
+
 @pytest.mark.parametrize('minutes', [1, 4])
 def test_a_run_by_the_clock_evaluates_at_least_eight_times(run, workdir, clock, minutes):
     run('train.py', *TIMED, f'--max_minutes={minutes}')

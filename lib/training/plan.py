@@ -269,8 +269,8 @@ def one_line(job, seconds_per_update, n_bytes=0, updates_done=0):
     tokens = updates * job.tokens_per_update
     epochs = f' ({tokens / job.train_tokens:.2g} epochs)' if job.train_tokens else ''
     held = f', {size(n_bytes)} of memory' if n_bytes else ''
-    return minutes, (f'plan: about {duration(minutes)} for {human_number(updates)} updates, {human_number(tokens)} '
-                     f'tokens{epochs}{held}')
+    return minutes, (f'plan: about {duration(minutes)} for {human_number(round(updates))} updates, '
+                     f'{human_number(tokens)} tokens{epochs}{held}')
 
 
 def long_run_warning(minutes, limit=60):
