@@ -294,15 +294,15 @@ def main(signals):
             log.append_log(f'{out_dir}/log.jsonl', record)
             track({f'{kind}/{key}': value for key, value in record.items() if key != 'val_data'}, p.iter_num)
 
-    def save(as_best, must):
-        """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. must: a failure is an error, not a warning."""
+    def save(as_best, required):
+        """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. required: a failure ends the run."""
         state = {**vars(p), 'minutes': minutes_now(), 'model_args': raw_model.config.model_args(),
                  'model': distributed.full_state_dict(raw_model.state_dict(), rt.is_master),
                  'optimizer': distributed.full_state_dict(opt.state_dict(), rt.is_master),
                  'config': dict(settings), 'origins': settings.kinds(), 'format': checkpoint.FORMAT,
                  'tokenizer': data.tokenizer, 'chat': data.marks, 'data': data.fingerprint(), 'rng': rt.rng_states(),
                  'scaler': scaler.state_dict()}
-        if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, must=must, say=say, warn=warn):
+        if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, required=required, say=say, warn=warn):
             guard.saved_iter = p.iter_num
 
     rt.interrupted = lambda: signals.level > 1
@@ -335,13 +335,13 @@ def main(signals):
                          f'{"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
                          f'{curves.best_step(p.history)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
-                save(as_best=better or always_save_checkpoint, must=last)
+                save(as_best=better or always_save_checkpoint, required=last)
             if last and (evaluated or not ending):
                 break
             if signal:
                 if untrained and len(p.history) < 2:  # ckpt.pt holds the untrained model: let this save replace it
                     p.best_val_loss = math.inf
-                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, must=ending)
+                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, required=ending)
                 say(f'{signals.name(signal)}: saved iter {p.iter_num} to {out_dir}')
                 if ending:
                     say('to resume, give the same command with --init_from=resume')
