@@ -121,7 +121,7 @@ def run_fraction(iter_num, minutes, by_clock):
 def get_lr_scale(iter_num, fraction, by_clock):
     """Return the learning rate as a fraction of its peak; one schedule serves AdamW and Muon.
 
-    fraction: see run_fraction. The schedule: by the clock the whole run, in updates warmup_iters to lr_decay_iters.
+    fraction: see run_fraction. The schedule: in time the whole run, in updates warmup_iters to lr_decay_iters.
     """
     if not decay_lr:
         return 1.0
