@@ -394,7 +394,7 @@ def main(signals):
                 elapsed, updates, tokens = 0.0, 0, 0
             p.iter_num += 1
     bar.close()
-    if by_clock and not p.iter_num:
+    if not p.iter_num and 0 < max_minutes <= p.minutes:
         warn(f'max_minutes={max_minutes:g} was over before the first update, so the model is untrained')
     if rt.is_master and not status and (picture := curves.draw_loss(out_dir)):
         say(f'loss curves are in {picture}')

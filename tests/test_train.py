@@ -238,10 +238,11 @@ def test_wsd_decays_by_the_clock(run, workdir, clock):
     assert rates() == pytest.approx([0.001 + 0.009 * min(1, (1 - i / 20) / 0.5) for i in range(20)])
 
 
-def test_a_run_whose_time_is_over_before_the_first_update_says_that_the_model_is_untrained(run, workdir, clock):
-    assert 'untrained' not in run('train.py', *TIMED, '--max_minutes=0.2').err
+@pytest.mark.parametrize('flags', [[], ['--max_iters=9']], ids=['time', 'updates'])
+def test_a_run_whose_time_is_over_before_the_first_update_says_that_the_model_is_untrained(run, workdir, clock, flags):
+    assert 'untrained' not in run('train.py', *TIMED, '--max_minutes=0.2', *flags).err
     clock.n_updates = 1  # importing took 0.1 minutes
-    done = run('train.py', *TIMED, '--max_minutes=0.05')
+    done = run('train.py', *TIMED, '--max_minutes=0.05', *flags)
     assert 'max_minutes=0.05 was over before the first update, so the model is untrained' in done.err
 
 
