@@ -331,9 +331,8 @@ def main(signals):
                     line += '\n' + textwrap.indent(record['sample'], '    | ', lambda line: True)
                 write_log('eval', line, record)
                 if curves.overfitting_starts(p.history):
-                    warn('overfitting: the validation loss has risen above its best while the training loss fell; '
-                         f'{"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
-                         f'{curves.best_step(p.history)}')
+                    warn('overfitting: the validation loss has risen above its best while the training loss fell; best '
+                         f'is iter {curves.best_step(p.history)}{", in ckpt.pt" * (not always_save_checkpoint)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
                 save(as_best=better or always_save_checkpoint, required=last)
             if last and (evaluated or not ending):
@@ -384,7 +383,8 @@ def main(signals):
             elapsed, updates, tokens = elapsed + time.perf_counter() - began, updates + 1, tokens + sequences * context
             if logged:
                 loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
-                left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
+                left = math.inf if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
+                left = min(left, (max_minutes or math.inf) - p.minutes)  # whichever limit comes first
                 mfu = None if lora_rank or not peak_flops else (  # the fraction of the devices' peak that is used
                     raw_model.flops_per_token(context) * tok_s / rt.world_size / peak_flops)
                 record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,

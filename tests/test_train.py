@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import time
 
 import pytest
@@ -263,6 +264,13 @@ def test_max_iters_is_the_schedule_and_max_minutes_only_a_limit_where_both_are_f
     run('train.py', *TIMED, '--max_minutes=1', '--max_iters=20')
     assert load('out/last.pt')['iter_num'] == 10
     assert rates() == pytest.approx([cosine(i / 20) for i in range(10)])
+
+
+def test_the_eta_is_the_nearer_of_both_limits(run, workdir, clock):
+    def etas(*flags):
+        return re.findall(r'eta (\w+)', run('train.py', *TIMED, *flags).out)
+    assert etas('--max_minutes=0.5', '--max_iters=10000000')[0] == '30s'
+    assert etas('--max_minutes=1000', '--max_iters=3')[2] == '0s'
 
 
 def test_by_the_clock_contexts_grow_with_the_time(run, workdir, clock, windows):
