@@ -53,15 +53,15 @@ class Settings(dict):
     def put(self, name, value, kind, place):
         self[name], self.origins[name] = value, Origin(kind, str(place))
 
-    def given(self, name):
+    def was_set(self, name):
         """Return whether a flag, a config file or a checkpoint set `name`."""
         return self.origins[name].kind != 'default'
 
-    def by_flag(self, name):
+    def set_by_flag(self, name):
         """Return whether a flag set `name`, now or in the run that is resumed."""
         return self.origins[name].kind == 'flag'
 
-    def typed(self, name):
+    def on_command_line(self, name):
         """Return whether `name` is a flag on this command line."""
         return self.origins[name] == ('flag', f'--{name}')
 
@@ -225,7 +225,7 @@ def describe(source, values, doc=''):
     return '\n'.join(lines)
 
 
-def stop(errors):  # one line per mistake, exit status 2
+def exit_with(errors):  # one line per mistake, exit status 2
     print('\n'.join(f'error: {error}' for error in errors), file=sys.stderr, flush=True)
     raise SystemExit(2)
 
@@ -240,9 +240,9 @@ def _print_exception(kind, error, trace):  # Python then ends with status 130, w
 
 
 def literals(namespace):
-    """Return the settings among a script's globals: {name: int, float, bool or str}, without _names."""
+    """Return the settings among a script's globals: {name: int, float, bool or str}, without _names and CONSTANTS."""
     return {name: value for name, value in namespace.items()
-            if not name.startswith('_') and type(value) in (int, float, bool, str)}
+            if name.islower() and not name.startswith('_') and type(value) in (int, float, bool, str)}
 
 
 def configure(namespace, argv=None, early=None, check=None, words=''):
@@ -261,6 +261,6 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     settings = resolve(defaults, argv, early, words)
     errors = settings.errors + (check(settings) if check and settings.understood else [])
     if errors:
-        stop(errors)
+        exit_with(errors)
     namespace.update(settings)
     return settings

@@ -29,7 +29,7 @@ from lib.training import log
 from lib.weights.load_model import load_model
 
 # model
-init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
+init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2 ... gpt2-xl | a run's folder or one with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
 
 # what to measure on
@@ -74,18 +74,6 @@ def check(s):
     return found
 
 
-def windows(n_tokens, block_size, stride):
-    """Yield (start, length, n_scored) of each window: its first token, its length, and how many last targets to score.
-
-    Every token but the first is scored once.
-    """
-    done = start = 0
-    while done < n_tokens - 1:
-        end = min(start + block_size, n_tokens - 1)
-        yield start, end - start, end - done
-        done, start = end, start + stride
-
-
 def window_batches(split, block_size, stride):
     """Yield (idx, targets) (B, T) over a datasets.Split in windows of one length; targets not to be scored are -1."""
     if split.dialogues is not None:
@@ -93,7 +81,7 @@ def window_batches(split, block_size, stride):
         return
     count = 1 + max(0, -(-(len(split) - 1 - block_size) // stride))
     batch = []
-    for window in log.progress(windows(len(split), block_size, stride), count, 'windows'):
+    for window in log.progress(datasets.sliding_windows(len(split), block_size, stride), count, 'windows'):
         if batch and (len(batch) == batch_size or window[1] != batch[0][1]):
             yield load_windows(split, batch)
             batch = []

@@ -21,7 +21,7 @@ from lib.text import dialogue
 from lib.weights.load_model import load_model
 from model import NANOGPT_ARGS
 
-init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2* | a folder with GPT-2 weights
+init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2 ... gpt2-xl | a run's folder or one with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
 to = ''  # folder to write; '' = OUT_DIR/hf
 

@@ -44,7 +44,7 @@ def check(s):
             cards.find_card(s['on'])
         except UserError as error:
             errors.append(error.message)
-    if not s.given('lr_decay_iters'):
+    if not s.was_set('lr_decay_iters'):
         s['lr_decay_iters'] = s['max_iters']
     here = {} if s['on'] == 'here' else {'device': 'cpu', 'dtype': 'float32'}  # the checks are about this machine
     checked = resolve(dict(s), [])
@@ -66,7 +66,7 @@ def card_dtype(s, card):
     half, full = devices.PEAK_TFLOPS[card]
     old = card.startswith(('T4', 'V100', 'RTX 20'))  # compute capability 7: no bfloat16
     name = 'float32' if half == full else 'float16' if old else 'bfloat16'
-    return devices.DTYPES[s['dtype'] if s.given('dtype') else name]
+    return devices.DTYPES[s['dtype'] if s.was_set('dtype') else name]
 
 
 def show(title, *lines):

@@ -24,7 +24,7 @@ from lib.training import log
 
 # models
 out_dir = 'out'  # folders of training runs, separated by commas, relative to the working directory
-init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
+init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2 ... gpt2-xl | a run's folder or one with GPT-2 weights
 
 # page
 host = '127.0.0.1'  # address to listen on; 0.0.0.0 admits other machines, which then need the printed token
@@ -38,7 +38,7 @@ dtype = 'auto'  # of weights and arithmetic: float32 | bfloat16 | float16; what 
 
 def folders(settings):
     """Return the run folders to show: none if only init_from is given."""
-    if settings['init_from'] != 'resume' and not settings.given('out_dir'):
+    if settings['init_from'] != 'resume' and not settings.was_set('out_dir'):
         return []
     return [name.strip() for name in settings['out_dir'].split(',') if name.strip()]
 
@@ -111,7 +111,7 @@ def main(argv=None):
     notebook, colab = log.in_notebook(), 'google.colab' in sys.modules
     secret = secrets.token_urlsafe(16) if not is_loopback(host) or colab else ''
     site = Site(load(settings, rt), host, secret, framed=notebook, proxied=notebook and colab)
-    server = listen(site, settings.given('port'))
+    server = listen(site, settings.was_set('port'))
     print(f'device: {rt.description}')
     if notebook:  # the cell ends, and the page works while the kernel does
         threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -21,7 +21,7 @@ from lib.weights import int8
 from lib.weights.load_model import load_model
 
 # model
-init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2, gpt2-medium, gpt2-large, gpt2-xl | a folder with GPT-2 weights
+init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2 ... gpt2-xl | a run's folder or one with GPT-2 weights
 out_dir = 'out'  # folder of the training run, relative to the working directory
 
 # text
@@ -97,15 +97,15 @@ def main(argv=None):
     if compile:
         model = torch.compile(model)
     prompt = read_prompt(start)
-    if not settings.given('start') and tok.kind == 'char' and prompt not in tok.chars:
+    if not settings.was_set('start') and tok.kind == 'char' and prompt not in tok.chars:
         prompt = ''  # a text of one line has no newline to begin with
     prompt, stop_text = fit_to_vocabulary(prompt, typed(stop), tok, fold)
-    live = stream if settings.given('stream') else sys.stdout.isatty()
+    live = stream if settings.was_set('stream') else sys.stdout.isatty()
     rules = dict(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p,
                  repetition_penalty=repetition_penalty, no_repeat_ngram=no_repeat_ngram)
     if chat:
         conversation = open_conversation(model, tok, state, max_new_tokens=max_new_tokens, **rules)
-        if settings.given('start'):
+        if settings.was_set('start'):
             print_answer(conversation, prompt, live)
         else:
             talk(conversation, live, lambda text: fit_to_vocabulary(text, '', tok, fold)[0])

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 import train
-from configurator import UserError, configure, describe, literals, stop
+from configurator import UserError, configure, describe, exit_with, literals
 from lib.machine import device as devices
 from lib.machine.cpus import usable_cpus
 from lib.training import law as laws
@@ -146,7 +146,7 @@ def main():
     budgets = [word.strip() for word in s['flops'].split(',') if word.strip()]
     runs, errors = sweep.make_runs(shared_words(argv), grid, train_settings, s['out_dir'], s['jobs'], budgets)
     if errors:
-        stop(errors)
+        exit_with(errors)
     print(f'{len(runs)} runs in {s["out_dir"]}')
     carry_out(runs, s)
     rows, folder = rows_of(runs), Path(s['out_dir'])

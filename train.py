@@ -35,7 +35,7 @@ log_interval = 1  # updates between printed lines
 eval_iters = 200  # batches per split in an evaluation
 eval_only = False  # evaluate the whole validation split and a part of the training split, print, write nothing
 always_save_checkpoint = False  # ckpt.pt holds the newest model instead of the best
-init_from = 'scratch'  # scratch | resume | auto (resume if there is a checkpoint) | gpt2* | a folder with GPT-2 weights
+init_from = 'scratch'  # scratch | resume | auto (resume, else scratch) | gpt2* | folder of a run or of GPT-2 weights
 patience = 0  # stop after this many evaluations without a better validation loss; 0 = off
 sample_interval = 0  # evaluations between short samples in the log; 0 = off
 
@@ -50,7 +50,7 @@ dataset = 'openwebtext'  # folder under data/
 gradient_accumulation_steps = 5 * 8  # micro-batches per update, over all ranks together
 batch_size = 12  # sequences per micro-batch
 block_size = 1024  # context length in tokens
-context_warmup = 0.0  # fraction of the run with short contexts: block_size/4, then /2. Off with an explicit --max_iters
+context_warmup = 0.0  # fraction of the run with short contexts: block_size/4, then /2. --max_iters turns a config's off
 total_batch_tokens = 0  # tokens per update; sets gradient_accumulation_steps. 0 = off
 
 # model
@@ -76,7 +76,7 @@ learning_rate = 6e-4  # peak, AdamW
 muon_lr = 0.02  # peak, Muon
 muon_momentum = 0.95  # 0.9 learns more in runs of a few hundred updates
 max_iters = 600000  # updates
-max_minutes = 0.0  # train for this long, from the start of the process; 0 = off. Off with an explicit --max_iters
+max_minutes = 0.0  # minutes to train, from the start of the process; 0 = off. --max_iters turns a config's value off
 weight_decay = 1e-1  # on 2-D parameters
 epoch_decay = 0.0  # weight_decay is at least this times the square root of the epochs that the run will read; 0 = off
 beta1 = 0.9  # AdamW
@@ -89,7 +89,7 @@ lr_schedule = 'cosine'  # cosine | wsd (constant, then a linear decay)
 warmup_iters = 2000  # updates of linear warm-up
 lr_decay_iters = 600000  # length of the schedule in updates; follows max_iters unless given
 min_lr = 6e-5  # where the schedule ends; a tenth of learning_rate unless given
-cooldown_frac = 0.5  # wsd: the last fraction of the run, in which the rate decays
+cooldown_frac = 0.5  # wsd: the last fraction of the schedule, in which the rate decays
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
@@ -123,7 +123,7 @@ def run_fraction(iter_num, minutes, by_clock):
 def get_lr_scale(iter_num, fraction, by_clock):
     """Return the learning rate as a fraction of its peak; one schedule serves AdamW and Muon.
 
-    fraction: see run_fraction. In updates, the schedule lasts from warmup_iters to lr_decay_iters.
+    fraction: see run_fraction. The schedule: in time the whole run, in updates warmup_iters to lr_decay_iters.
     """
     if not decay_lr:
         return 1.0
@@ -248,7 +248,7 @@ def main(signals):
     opt = make_optimizer(optimizer, raw_model.param_groups(weight_decay, muon=optimizer == 'muon'), learning_rate,
                          muon_lr, (beta1, beta2), rt.device.type, muon_momentum)
     scaler = torch.amp.GradScaler(rt.device.type, enabled=rt.dtype == torch.float16)
-    by_clock = max_minutes > 0 and not settings.by_flag('max_iters')  # what the schedule follows
+    by_clock = max_minutes > 0 and not settings.set_by_flag('max_iters')  # what the schedule follows
     micro_steps = total_batch_tokens // (batch_size * block_size) or gradient_accumulation_steps  # over all ranks
     sequences = micro_steps * batch_size  # per update
     for line in log.banner(rt, settings, data, raw_model, sequences, 0 if by_clock else max_iters, resumed):
@@ -263,7 +263,7 @@ def main(signals):
     batches = [rt.to_device(*data.train.batch(starts, context)) for context in contexts]
     micro_steps_left = (max_iters - p.iter_num) * micro_steps / rt.world_size
     compiled_model = compiler.compile_or_fall_back(
-        raw_model, rt, settings.given('compile'), compiler.step_in_all_shapes(raw_model, batches),
+        raw_model, rt, settings.was_set('compile'), compiler.step_in_all_shapes(raw_model, batches),
         lambda step_seconds: min(step_seconds * micro_steps_left, 60 * max_minutes or math.inf))
     model = distributed.wrap_ddp(compiled_model, rt, parallel)
     if eval_only:
@@ -296,15 +296,15 @@ def main(signals):
             log.append_log(f'{out_dir}/log.jsonl', record)
             track({f'{kind}/{key}': value for key, value in record.items() if key != 'val_data'}, p.iter_num)
 
-    def save(as_best, must):
-        """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. must: a failure is an error, not a warning."""
+    def save(as_best, required):
+        """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. required: a failure ends the run."""
         state = {**vars(p), 'minutes': minutes_now(), 'model_args': raw_model.config.model_args(),
                  'model': distributed.full_state_dict(raw_model.state_dict(), rt.is_master),
                  'optimizer': distributed.full_state_dict(opt.state_dict(), rt.is_master),
                  'config': dict(settings), 'origins': settings.kinds(), 'format': checkpoint.FORMAT,
                  'tokenizer': data.tokenizer, 'chat': data.marks, 'data': data.fingerprint(), 'rng': rt.rng_states(),
                  'scaler': scaler.state_dict()}
-        if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, must=must, say=say, warn=warn):
+        if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, required=required, say=say, warn=warn):
             guard.saved_iter = p.iter_num
 
     rt.interrupted = lambda: signals.level > 1
@@ -333,17 +333,16 @@ def main(signals):
                     line += '\n' + textwrap.indent(record['sample'], '    | ', lambda line: True)
                 write_log('eval', line, record)
                 if curves.overfitting_starts(p.history):
-                    warn('overfitting: the validation loss has risen above its best while the training loss fell; '
-                         f'{"the best was" if always_save_checkpoint else "ckpt.pt keeps"} iter '
-                         f'{curves.best_step(p.history)}')
+                    warn('overfitting: the validation loss has risen above its best while the training loss fell; best '
+                         f'is iter {curves.best_step(p.history)}{", in ckpt.pt" * (not always_save_checkpoint)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
-                save(as_best=better or always_save_checkpoint, must=last)
+                save(as_best=better or always_save_checkpoint, required=last)
             if last and (evaluated or not ending):
                 break
             if signal:
                 if untrained and len(p.history) < 2:  # ckpt.pt holds the untrained model: let this save replace it
                     p.best_val_loss = math.inf
-                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, must=ending)
+                save(as_best=always_save_checkpoint or p.best_val_loss == math.inf, required=ending)
                 say(f'{signals.name(signal)}: saved iter {p.iter_num} to {out_dir}')
                 if ending:
                     say('to resume, give the same command with --init_from=resume')
@@ -388,7 +387,8 @@ def main(signals):
             elapsed, updates, tokens = elapsed + time.perf_counter() - began, updates + 1, tokens + sequences * context
             if logged:
                 loss, tok_s = rt.all_reduce_sum(loss)[0] / rt.world_size, tokens / elapsed
-                left = max_minutes - p.minutes if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
+                left = math.inf if by_clock else elapsed / updates * (max_iters - p.iter_num - 1) / 60
+                left = min(left, (max_minutes or math.inf) - p.minutes)  # whichever limit comes first
                 mfu = None if lora_rank or not peak_flops else (  # the fraction of the devices' peak that is used
                     raw_model.flops_per_token(context) * tok_s / rt.world_size / peak_flops)
                 record = {'iter': p.iter_num, 'loss': loss, 'lr': learning_rate * lr_scale, 'tok_s': tok_s, 'mfu': mfu,
@@ -398,6 +398,8 @@ def main(signals):
                 elapsed, updates, tokens = 0.0, 0, 0
             p.iter_num += 1
     bar.close()
+    if not p.iter_num and 0 < max_minutes <= p.minutes:
+        warn(f'max_minutes={max_minutes:g} was over before the first update, so the model is untrained')
     if rt.is_master and not status and (picture := curves.draw_loss(out_dir)):
         say(f'loss curves are in {picture}')
         track({'curves': picture}, p.iter_num)

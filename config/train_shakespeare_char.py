@@ -50,7 +50,7 @@ if not device.startswith('cuda'):  # a CPU or a Mac
     min_lr = 0.0  # most is learned while the rate falls, so it falls to zero
     beta2 = 0.99  # few tokens per update: average over more updates
     lr_schedule = 'wsd'  # constant, then a linear decay
-    cooldown_frac = 0.8  # the fraction of the run after the warmup in which the rate decays
+    cooldown_frac = 0.8  # the last fraction of the schedule, in which the rate decays
     warmup_iters = 10
     epoch_decay = 0.2  # the more often a text is read, the more weight decay
     context_warmup = 0.6  # short contexts first: more updates in the same time

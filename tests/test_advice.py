@@ -47,7 +47,18 @@ def test_gpt2s_vocabulary_on_a_small_text_is_remarked_on_and_fine_tuning_recomme
 
 def test_carriage_returns_are_remarked_on():
     note, = advice.notes(CHARS('\n\rab'), 4096, 10, 10)
-    assert 'Windows line ends' in note and "sed -i 's/\\r$//' FILE" in note
+    assert 'Windows line ends' in note and note.endswith('then prepare NEW')
+
+
+def test_the_command_against_carriage_returns_works(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'FILE').write_bytes('人之初\r\nb'.encode())
+    note, = advice.notes(CHARS('\n\rab'), 4096, 10, 10)
+    exec(note.split('"')[1])
+    assert (tmp_path / 'NEW').read_bytes() == '人之初\nb'.encode()
+
+
+def test_a_text_without_carriage_returns_gets_no_remark():
     assert advice.notes(CHARS('\nab'), 4096, 10, 10) == []
 
 

@@ -132,7 +132,7 @@ ONE = Runtime(torch.device('cpu'), torch.float32, False, '')
 def test_a_run_is_saved_as_last_and_where_it_is_best_as_ckpt(tmp_path, as_best):
     model, saved = model_and_state()
     lines = []
-    assert save_run(ONE, tmp_path, saved, model, as_best=as_best, must=False, say=lines.append) is True
+    assert save_run(ONE, tmp_path, saved, model, as_best=as_best, required=False, say=lines.append) is True
     assert lines == [f'saving checkpoint to {tmp_path}']
     assert differences(load(tmp_path / 'last.pt'), saved) == []
     assert (tmp_path / 'ckpt.pt').exists() == as_best
@@ -141,7 +141,7 @@ def test_a_run_is_saved_as_last_and_where_it_is_best_as_ckpt(tmp_path, as_best):
 
 def test_a_run_with_adapters_keeps_them_in_last_and_is_merged_in_ckpt(tmp_path):
     model, saved = model_and_state(rank=2)
-    assert save_run(ONE, tmp_path, saved, model, as_best=True, must=True)
+    assert save_run(ONE, tmp_path, saved, model, as_best=True, required=True)
     assert lora.rank_of(load(tmp_path / 'last.pt')['model']) == 2
     merged = load(tmp_path / 'ckpt.pt')['model']
     assert merged.keys() == model_and_state()[1]['model'].keys()
@@ -149,7 +149,7 @@ def test_a_run_with_adapters_keeps_them_in_last_and_is_merged_in_ckpt(tmp_path):
 
 def test_only_rank_0_writes(tmp_path):
     model, saved = model_and_state()
-    assert save_run(Master(is_master=False), tmp_path, saved, model, as_best=True, must=True)
+    assert save_run(Master(is_master=False), tmp_path, saved, model, as_best=True, required=True)
     assert not list(tmp_path.iterdir())
 
 
@@ -392,14 +392,14 @@ def test_a_periodic_save_that_fails_is_a_warning_and_not_saved(tmp_path):
     model, saved = model_and_state()
     warnings = []
     (tmp_path / 'gone').touch()  # a file, where the folder was
-    assert save_run(ONE, tmp_path / 'gone', saved, model, as_best=True, must=False, warn=warnings.append) is False
+    assert save_run(ONE, tmp_path / 'gone', saved, model, as_best=True, required=False, warn=warnings.append) is False
     assert len(warnings) == 1 and 'could not write' in warnings[0]
 
 
 def test_an_out_dir_that_was_renamed_is_created_again_and_nothing_is_lost(tmp_path):
     model, saved = model_and_state()
     warnings = []
-    assert save_run(ONE, tmp_path / 'gone', saved, model, as_best=True, must=True, warn=warnings.append)
+    assert save_run(ONE, tmp_path / 'gone', saved, model, as_best=True, required=True, warn=warnings.append)
     assert len(warnings) == 1 and 'created again' in warnings[0]
     assert checkpoint.load(tmp_path / 'gone' / 'last.pt')['iter_num'] == saved['iter_num']
 
@@ -458,7 +458,7 @@ def test_a_save_that_must_succeed_and_fails_is_an_error(tmp_path):
     model, saved = model_and_state()
     (tmp_path / 'gone').touch()
     with pytest.raises(UserError, match='could not write'):
-        save_run(ONE, tmp_path / 'gone', saved, model, as_best=False, must=True)
+        save_run(ONE, tmp_path / 'gone', saved, model, as_best=False, required=True)
 
 
 def test_a_save_that_fails_on_rank_0_is_known_to_the_others(tmp_path):
@@ -466,7 +466,7 @@ def test_a_save_that_fails_on_rank_0_is_known_to_the_others(tmp_path):
     failing = Master(is_master=False)
     answers = iter([(0,), (1,)])  # no NaN anywhere; rank 0 could not write
     failing.all_reduce_max = lambda number: next(answers)
-    assert save_run(failing, tmp_path, saved, model, as_best=True, must=False) is False
+    assert save_run(failing, tmp_path, saved, model, as_best=True, required=False) is False
 
 
 @pytest.mark.parametrize('value', [float('nan'), float('inf')])
@@ -475,13 +475,13 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, value):
     with torch.no_grad():
         model.transformer.wte.weight[2, 1] = value
     with pytest.raises(UserError, match='the weights of iter 3 are not finite; they were not saved'):
-        save_run(ONE, tmp_path, saved, model, as_best=True, must=True)
+        save_run(ONE, tmp_path, saved, model, as_best=True, required=True)
     assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_are_not_finite_on_another_rank_are_not_written(tmp_path):
     model, saved = model_and_state()
-    assert save_run(Master(other=1), tmp_path, saved, model, as_best=True, must=False) is False
+    assert save_run(Master(other=1), tmp_path, saved, model, as_best=True, required=False) is False
     assert not list(tmp_path.iterdir())
 
 

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from configurator import REPO, Origin, Settings, UserError, configure, describe, find_path, resolve
+from configurator import REPO, Origin, Settings, UserError, configure, describe, find_path, literals, resolve
 
 DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'dataset': 'owt', 'device': 'auto', 'start': ''}
 
@@ -117,20 +117,25 @@ def test_a_path_is_looked_up_in_the_working_directory_then_in_the_repository(tmp
     assert find_path('train.py').resolve() == tmp_path / 'train.py'
 
 
-@pytest.mark.parametrize('kind, place, given, by_flag, typed', [
+@pytest.mark.parametrize('kind, place, was_set, set_by_flag, on_command_line', [
     ('default', '', False, False, False), ('config', 'x.py:3', True, False, False),
     ('flag', '--a', True, True, True), ('flag', 'out/last.pt', True, True, False),  # typed in the run that is resumed
     ('checkpoint', 'out/last.pt', True, False, False)])
-def test_the_origin_of_a_value_answers_who_set_it(kind, place, given, by_flag, typed):
+def test_the_origin_of_a_value_answers_who_set_it(kind, place, was_set, set_by_flag, on_command_line):
     s = Settings({'a': 1, 'b': 2})
     s.put('a', 3, kind, place)
-    assert (s['a'], s.given('a'), s.by_flag('a'), s.typed('a')) == (3, given, by_flag, typed)
+    assert s['a'] == 3
+    assert (s.was_set('a'), s.set_by_flag('a'), s.on_command_line('a')) == (was_set, set_by_flag, on_command_line)
     assert s.kinds() == {'a': kind, 'b': 'default'}
+
+
+def test_constants_and_names_with_an_underscore_are_no_settings():
+    assert literals({'size': 1, 'BARS': 'x', 'Name': 'x', '_private': 2, 'path': REPO}) == {'size': 1}
 
 
 def test_an_automatic_value_is_not_one_that_was_given():
     s = resolve(DEFAULTS, [], early={'device': lambda: 'cpu'})
-    assert s['device'] == 'cpu' and not s.given('device')
+    assert s['device'] == 'cpu' and not s.was_set('device')
 
 
 @pytest.mark.parametrize('typo, suggestion', [('batch', 'batch_size'), ('learning', 'learning_rate'),

@@ -10,7 +10,7 @@ from kit import Ranks, load
 
 from configurator import UserError
 from lib.text import data_folder
-from lib.text.dataset import Split, eval_starts, open_dataset, split_batches, train_starts
+from lib.text.dataset import Split, eval_starts, open_dataset, sliding_windows, split_batches, train_starts
 
 
 def starts(seed=1, n_tokens=1000, block_size=8, first=0, count=100):
@@ -198,3 +198,12 @@ def test_a_mapped_file_that_was_renamed_during_a_run_is_read_to_the_end(tmp_path
     split = Split(path, np.memmap(path, '<u2', 'r'), 0, '', 100)
     path.rename(tmp_path / 'moved.bin')
     assert split.batch(np.array([3]), 2)[0].tolist() == [[3, 4]]
+
+@pytest.mark.parametrize('n_tokens', [2, 8, 9, 10, 17, 30])
+@pytest.mark.parametrize('stride', [1, 3, 8])
+def test_sliding_windows_score_every_token_but_the_first_once(n_tokens, stride):
+    scored = []
+    for start, length, n_scored in sliding_windows(n_tokens, 8, stride):
+        assert 0 < n_scored <= length <= 8
+        scored += range(start + length - n_scored + 1, start + length + 1)
+    assert scored == list(range(1, n_tokens))

@@ -62,16 +62,6 @@ def test_windows_do_not_overlap_by_default_and_the_last_is_short():
     assert evaluate.split_loss(model, RT, as_split(IDS), 8, 8) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize('n_tokens', [2, 8, 9, 10, 17, 30])
-@pytest.mark.parametrize('stride', [1, 3, 8])
-def test_every_token_but_the_first_is_scored_once(n_tokens, stride):
-    counted = []
-    for start, length, fresh in evaluate.windows(n_tokens, 8, stride):
-        assert 0 < fresh <= length <= 8
-        counted += range(start + length - fresh + 1, start + length + 1)
-    assert counted == list(range(1, n_tokens))
-
-
 def test_the_batch_size_changes_no_result(monkeypatch):
     model, found = tiny_gpt(), []
     for size in (1, 3, 100):

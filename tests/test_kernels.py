@@ -191,14 +191,17 @@ def test_disabled_kernels_are_torchs_own(monkeypatch):
 def test_the_weights_of_all_layers_are_cast_into_one_tensor_and_used_once():
     net = GPT(GPTConfig(block_size=8, vocab_size=20, n_layer=2, n_head=2, n_embd=16))
     net.set_compute_dtype(torch.bfloat16)
-    kernels.cast_weights(net.linears, torch.bfloat16)
-    for layer in net.linears:
-        assert torch.equal(layer.cast, layer.weight.bfloat16())
-        layer.cast.sum().backward(retain_graph=True)
+    kernels.prepare_casts(net.linears, torch.bfloat16)
+    casts = [kernels.cast(layer.weight, torch.bfloat16) for layer in net.linears]
+    for layer, cast in zip(net.linears, casts):
+        assert torch.equal(cast, layer.weight.bfloat16())
+        cast.sum().backward(retain_graph=True)
         assert torch.equal(layer.weight.grad, torch.ones_like(layer.weight))
-    assert len({layer.cast.untyped_storage().data_ptr() for layer in net.linears}) == 1
+    assert len({cast.untyped_storage().data_ptr() for cast in casts}) == 1
     net(torch.zeros(1, 4, dtype=torch.long))
-    assert len(net.linears) == 8 and all(layer.cast is None for layer in net.linears)  # else they would get stale
+    for layer in net.linears:  # else they would get stale
+        assert kernels.cast(layer.weight, torch.bfloat16).untyped_storage().nbytes() == 2 * layer.weight.numel()
+    assert len(net.linears) == 8
 
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)

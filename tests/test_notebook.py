@@ -25,6 +25,14 @@ def printed(cell):
     return ''.join(output.get('text', '') for output in cell.outputs)
 
 
+def test_the_address_of_the_repository_is_written_only_in_the_notebook():
+    address, = re.findall(r"^REPOSITORY = '(.*?)'", '\n'.join(cell.source for cell in cells_of(read())), re.M)
+    assert address == '' or address.startswith('https://')
+    listed = subprocess.run(['git', 'grep', '-lE', r'(github|gitee|gitlab)\.com/[A-Za-z0-9_-]+/minuteGPT'], cwd=REPO,
+                            capture_output=True, encoding='utf-8').stdout
+    assert set(listed.split()) <= {'notebooks/colab.ipynb', 'tests/test_notebook.py'}
+
+
 def test_it_is_shipped_without_outputs():
     assert not [cell for cell in cells_of(read()) if cell.outputs or cell.execution_count]
 

@@ -1,4 +1,5 @@
 """Every command of README.md and README.zh.md runs, with tiny overrides, in a fresh copy of the repository."""
+import importlib
 import json
 import re
 import shlex
@@ -9,7 +10,9 @@ import sys
 import pytest
 from conftest import REPO
 
-from configurator import UserError
+import train
+from configurator import UserError, literals, resolve
+from lib.training import sweep
 
 TINY = {
     'train.py': '--max_iters=2 --eval_iters=1 --eval_interval=2 --log_interval=1 --n_layer=1 --n_head=2 --n_embd=16 '
@@ -19,7 +22,7 @@ TINY = {
     'evaluate.py': '--device=cpu --dtype=float32'.split(),
 }
 # What a test cannot do: fetch from a hub, start other processes, install, or serve a page until Ctrl-C.
-ELSEWHERE = re.compile(r'play\.py|sweep\.py|gpt2|openwebtext|tinystories|hub:|pytest|bench\.py|arithmetic')
+ELSEWHERE = re.compile(r'play\.py|sweep\.py|=gpt2-|init_from=gpt2|hub:|pytest|bench\.py|export\.py')
 NEEDS_BPE = re.compile(r'data/shakespeare/|data/chinese/|finetune|--tokenizer=gpt2|out-shakespeare\b(?!-)')
 DRIVER = '''
 import json, os, runpy, sys
@@ -36,12 +39,13 @@ for script, *arguments in json.load(sys.stdin):
 '''
 
 
-def commands(readme):
-    """Return the `python ...` commands in a README's bash fences, as lists of words."""
+def commands(readme, elsewhere=False):
+    """Return the `python ...` commands in a README's bash fences, as lists of words; elsewhere: those not run here."""
     text = (REPO / readme).read_text(encoding='utf-8')
     lines = [line for fence in re.findall(r'```bash\n(.*?)```', text, re.S) for line in fence.splitlines()]
     parts = [shlex.split(part, comments=True) for line in lines for part in line.split('&&')]
-    return [words[1:] for words in parts if words[:1] == ['python'] and not ELSEWHERE.search(' '.join(words))]
+    return [words[1:] for words in parts
+            if words[:1] == ['python'] and bool(ELSEWHERE.search(' '.join(words))) == elsewhere]
 
 
 def has_bpe():
@@ -88,6 +92,18 @@ def test_the_commands_of(readme, clone):
                           text=True, encoding='utf-8')
     assert done.returncode == 0, f'{done.stdout[-1500:]}\n{done.stderr[-1500:]}'
     assert git(clone, 'ls-files', '--others', '--modified', '--exclude-standard') == ''  # all results are ignored
+
+
+@pytest.mark.parametrize('readme', ['README.md', 'README.zh.md'])
+def test_the_settings_in_the_other_commands_of(readme):
+    found = [words for words in commands(readme, elsewhere=True) if words[0].endswith('.py')]
+    assert {'play.py', 'sweep.py'} <= {words[0] for words in found}
+    for script, *words in found:
+        own = literals(vars(importlib.import_module(script.removesuffix('.py'))))
+        if script == 'sweep.py':
+            words, _ = sweep.split_grid(words, literals(vars(train)).keys() - own.keys())
+            own = {**literals(vars(train)), **own}
+        assert resolve(own, words, early={'device': lambda: 'cpu'} if 'device' in own else {}).errors == [], words
 
 
 def test_the_quick_start_is_two_commands():

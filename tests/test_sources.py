@@ -110,3 +110,11 @@ def test_download_tries_as_often_as_it_is_told(monkeypatch, tmp_path):
         with pytest.raises(UserError, match=re.escape('unreachable')):
             downloads.download('http://nowhere', tmp_path / 'x', tries=tries)
         assert len(asked) == tries
+
+
+def test_a_failed_download_is_explained_in_the_systems_words(monkeypatch, tmp_path):
+    def refuse(request, timeout):
+        raise downloads.urllib.error.URLError(OSError(-2, 'Name or service not known'))
+    monkeypatch.setattr(downloads.urllib.request, 'urlopen', refuse)
+    with pytest.raises(UserError, match='^error: download failed: Name or service not known from http://nowhere; put'):
+        downloads.download('http://nowhere', tmp_path / 'x', tries=1)

@@ -2,6 +2,7 @@
 import json
 import math
 import random
+import re
 import time
 
 import pytest
@@ -238,6 +239,14 @@ def test_wsd_decays_by_the_clock(run, workdir, clock):
     assert rates() == pytest.approx([0.001 + 0.009 * min(1, (1 - i / 20) / 0.5) for i in range(20)])
 
 
+@pytest.mark.parametrize('flags', [[], ['--max_iters=9']], ids=['time', 'updates'])
+def test_a_run_whose_time_is_over_before_the_first_update_says_that_the_model_is_untrained(run, workdir, clock, flags):
+    assert 'untrained' not in run('train.py', *TIMED, '--max_minutes=0.2', *flags).err
+    clock.n_updates = 1  # importing took 0.1 minutes
+    done = run('train.py', *TIMED, '--max_minutes=0.05', *flags)
+    assert 'max_minutes=0.05 was over before the first update, so the model is untrained' in done.err
+
+
 @pytest.mark.parametrize('minutes', [1, 4])
 def test_a_run_by_the_clock_evaluates_at_least_eight_times(run, workdir, clock, minutes):
     run('train.py', *TIMED, f'--max_minutes={minutes}')
@@ -255,6 +264,13 @@ def test_max_iters_is_the_schedule_and_max_minutes_only_a_limit_where_both_are_f
     run('train.py', *TIMED, '--max_minutes=1', '--max_iters=20')
     assert load('out/last.pt')['iter_num'] == 10
     assert rates() == pytest.approx([cosine(i / 20) for i in range(10)])
+
+
+def test_the_eta_is_the_nearer_of_both_limits(run, workdir, clock):
+    def etas(*flags):
+        return re.findall(r'eta (\w+)', run('train.py', *TIMED, *flags).out)
+    assert etas('--max_minutes=0.5', '--max_iters=10000000')[0] == '30s'
+    assert etas('--max_minutes=1000', '--max_iters=3')[2] == '0s'
 
 
 def test_by_the_clock_contexts_grow_with_the_time(run, workdir, clock, windows):

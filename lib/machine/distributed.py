@@ -59,7 +59,7 @@ def join(settings, device, rank, world_size):
     """Join the process group of `world_size` ranks; settings: backend and dist_timeout."""
     if 'backend' not in settings:
         raise UserError('this script runs in one process: start it with python instead of torchrun')
-    backend = settings['backend'] if settings.given('backend') else 'nccl'
+    backend = settings['backend'] if settings.was_set('backend') else 'nccl'
     limit = datetime.timedelta(seconds=settings['dist_timeout'])
     store, _, _ = next(dist.rendezvous('env://', timeout=limit))
     # After a restart torchrun's store still holds the addresses of the old ranks, so each attempt gets its own keys.

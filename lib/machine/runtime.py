@@ -165,12 +165,12 @@ def start(settings, trains=False):
         distributed.join(settings, device, rank, world_size)
     if device.type == 'cuda':
         torch.cuda.set_device(device)
-        if not (settings.given('dtype') and settings['dtype'] == 'float32'):
+        if not (settings.was_set('dtype') and settings['dtype'] == 'float32'):
             torch.set_float32_matmul_precision('high')  # TF32, which is as precise as what surrounds these products
         if not trains:  # cuDNN builds a plan for each length, which in generation is every token
             torch.backends.cuda.enable_cudnn_sdp(False)
-    name, reason = (settings['dtype'], 'as asked') if settings.given('dtype') else pick_dtype(device)
-    if settings.given('compile'):
+    name, reason = (settings['dtype'], 'as asked') if settings.was_set('dtype') else pick_dtype(device)
+    if settings.was_set('compile'):
         compiled = settings['compile']
     else:  # Triton needs compute capability 7.0; on CPU and MPS, compiling takes longer than a short run gains
         compiled = (trains and device.type == 'cuda' and os.name != 'nt'

@@ -13,6 +13,7 @@ from lib import generate
 from lib.chat import open_conversation
 from lib.play import attention
 from lib.text import dialogue
+from lib.text.dataset import sliding_windows
 from lib.text.prompt import encode_text
 
 BARS = 20  # tokens of `likely`
@@ -191,15 +192,6 @@ def _beside(opened, logits, seen, new, rules):
             for i, p, *row in zip(new[0].tolist(), own, top.tolist(), likeliest.tolist(), kept)]
 
 
-def windows(n_tokens, block_size):
-    """Yield (start, length, fresh) as evaluate.py does with stride block_size / 2: the last `fresh` targets are new."""
-    done = start = 0
-    while done < n_tokens - 1:
-        end = min(start + block_size, n_tokens - 1)
-        yield start, end - start, end - done
-        done, start = end, start + max(1, block_size // 2)
-
-
 def read(opened, text, drop_unknown=False):
     """Yield {'pieces': [(text, [(id, bits) of its tokens])]} over a text, then {'done': totals}.
 
@@ -211,7 +203,8 @@ def read(opened, text, drop_unknown=False):
         raise UserError('there is no text to read')
     device, total, pieces = opened.model.lm_head.weight.device, 0.0, Pieces(opened)
     yield {'version': opened.version, 'tokens': len(ids), 'pieces': _whole([pieces.add(ids[0], (ids[0], None))])}
-    for start, length, fresh in windows(len(ids), opened.model.config.block_size):
+    block_size = opened.model.config.block_size
+    for start, length, fresh in sliding_windows(len(ids), block_size, max(1, block_size // 2)):
         part = torch.tensor([ids[start:start + length + 1]], device=device)
         bits = _surprise(opened.model, part[:, :-1], part[:, 1:], fresh)
         if not all(map(math.isfinite, bits)):

@@ -33,7 +33,8 @@ def notes(tokenizer, asked, n_chars, n_tokens):
                      'scratch: fine-tune GPT-2, or prepare with --tokenizer=char or bpe')
     if kind == 'char' and '\r' in tokenizer.chars:
         found.append(r"the text has carriage returns (Windows line ends); \r has become a character of the vocabulary. "
-                     r"To remove them: sed -i 's/\r$//' FILE, then prepare again")
+                     """To copy it without them: python -c "open('NEW', 'wb').write(open('FILE', 'rb').read()"""
+                     r""".replace(b'\r', b''))"; then prepare NEW""")
     return found
 
 

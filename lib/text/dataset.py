@@ -274,3 +274,16 @@ def split_batches(split, block_size, batch_size, rank=0, world_size=1, max_targe
         batches.append((np.array([n_targets - rest]), rest))
     for starts, length in batches[rank::world_size]:
         yield split.batch(starts, length)
+
+
+def sliding_windows(n_tokens, block_size, stride):
+    """Yield (start, length, n_scored) of windows over a text: first token, length, and how many last targets to score.
+
+    The other targets were scored in an earlier window, so every token but the first is scored once. A stride below
+    block_size gives each token a longer context: block_size - stride tokens or more, after the first window.
+    """
+    done = start = 0
+    while done < n_tokens - 1:
+        end = min(start + block_size, n_tokens - 1)
+        yield start, end - start, end - done
+        done, start = end, start + stride

@@ -29,12 +29,12 @@ def clean(text):
     return re.sub(r'\n\s*\n', '\n', text.strip())
 
 
-def choose_marks(coder):
-    """Return the marks that a tokenizer can encode; UserError where it can encode none."""
+def choose_marks(tok):
+    """Return the marks that a tokenizer can encode; UserError if it can encode none."""
     for marks in MARKS:
         try:
             for mark in marks.values():
-                coder.encode(mark)
+                tok.encode(mark)
             return marks
         except TextError as error:
             problem = error.message
@@ -45,14 +45,14 @@ def choose_marks(coder):
 # From rows to dialogues
 
 def is_row(record, prompt_keys=(), answer_keys=()):
-    """True where a JSON or parquet record holds a dialogue, in one of the known shapes or under the keys named."""
+    """Return whether a JSON or parquet record holds a dialogue: in a known shape, or under the keys named."""
     if prompt_keys or answer_keys:
         return True
     return 'messages' in record or 'prompt' in record and 'completion' in record
 
 
 def read_row(record, place, prompt_keys=(), answer_keys=()):
-    """Return the dialogue of a record, or None where it has no answer to learn from.
+    """Return the dialogue of a record, or None if it has no answer to learn from.
 
     place: FILE:LINE for the UserError that names a missing key, an unknown role or a content that is not text.
     """
@@ -98,10 +98,10 @@ def _joined(record, keys, flag, place):
 
 
 def from_messages(messages, place):
-    """Return the dialogue in a list of {'role', 'content'}, or None where it has no answer to learn from.
+    """Return the dialogue in a list of {'role', 'content'}, or None if it has no answer to learn from.
 
     Messages of one role in a row are joined by a newline. An answer before any question answers an empty one. The
-    dialogue ends before the first empty answer, and before a question that nobody answers. UserError where a role is
+    dialogue ends before the first empty answer, and before a question that nobody answers. UserError if a role is
     unknown, a system message is not the first, or a content is not text.
     """
     if not isinstance(messages, list | tuple):
@@ -158,46 +158,46 @@ def as_text(pieces):
         yield ''.join(text for text, _, _ in parts(system, exchanges, MARKS[0])), is_last
 
 
-def encode_mark(coder, mark):
+def encode_mark(tok, mark):
     """Return the ids of a mark, each newline encoded alone.
 
-    So does a BPE encode newlines before a letter. The ids of the parts are then those of the whole text, which is how
-    other programs encode a conversation.
+    A BPE encodes newlines before a letter in the same way. So the ids of the parts are those of the whole text, which
+    other programs encode as one.
     """
-    return [i for part in re.findall(r'\n|[^\n]+', mark) for i in coder.encode(part)]
+    return [i for part in re.findall(r'\n|[^\n]+', mark) for i in tok.encode(part)]
 
 
-def encode(coder, system, exchanges, marks, question=None):
+def encode(tok, system, exchanges, marks, question=None):
     """Return (ids, mask) of a dialogue, two lists of one length; mask has 1 where the token is a target."""
     ids, mask = [], []
     for text, learn, is_mark in parts(system, exchanges, marks, question):
-        new = encode_mark(coder, text) if is_mark else coder.encode(text)
+        new = encode_mark(tok, text) if is_mark else tok.encode(text)
         ids += new
         mask += [int(learn)] * len(new)
     return ids, mask
 
 
-def prompt_ids(coder, system, exchanges, question, marks):
+def prompt_ids(tok, system, exchanges, question, marks):
     """Return the ids after which the model writes its answer to `question`."""
-    return encode(coder, system, exchanges, marks, question)[0]
+    return encode(tok, system, exchanges, marks, question)[0]
 
 
-def separator(coder):
+def separator(tok):
     """Return the token after each dialogue: end-of-text, or a newline if the tokenizer has none."""
-    return coder.eot if coder.eot is not None else coder.encode('\n')[0]
+    return tok.eot if tok.eot is not None else tok.encode('\n')[0]
 
 
-def pack(coder, dialogues, marks):
+def pack(tok, dialogues, marks):
     """Return (ids, mask) of many dialogues as arrays; end-of-text follows each, or a newline if there is no such mark.
 
     That token is no target.
     """
-    after, ids, mask = separator(coder), [], []
+    after, ids, mask = separator(tok), [], []
     for system, exchanges in dialogues:
-        new_ids, new_mask = encode(coder, system, exchanges, marks)
+        new_ids, new_mask = encode(tok, system, exchanges, marks)
         ids += [*new_ids, after]
         mask += [*new_mask, 0]
-    return np.array(ids, coder.dtype), np.array(mask, np.uint8)
+    return np.array(ids, tok.dtype), np.array(mask, np.uint8)
 
 
 def counts(dialogues):

@@ -47,7 +47,8 @@ def download(url, path, tries=3):
             if error.code < 500:  # 404 and similar errors will not change
                 break
         except (OSError, HTTPException) as error:
-            reason = str(error)
+            cause = getattr(error, 'reason', error)  # of a URLError
+            reason = getattr(cause, 'strerror', None) or str(cause)
         except ValueError as error:  # not an address
             reason = str(error)
             break

@@ -48,7 +48,7 @@ def _check(settings):
         problems.append(f"val_fraction={settings['val_fraction']}: expected more than 0 and less than 1")
     if settings['vocab_size'] < 257:
         problems.append(f"vocab_size={settings['vocab_size']}: a BPE has at least 257 ids, 256 bytes and end-of-text")
-    elif settings.given('vocab_size') and settings['tokenizer'] != 'bpe':
+    elif settings.was_set('vocab_size') and settings['tokenizer'] != 'bpe':
         problems.append('vocab_size is for --tokenizer=bpe; the size of the other vocabularies is fixed')
     if bool(settings['prompt_key']) != bool(settings['answer_key']):
         problems.append('prompt_key and answer_key belong together: give both, or none')
@@ -127,7 +127,7 @@ def _has_dialogues(path, settings):
     """True if the first record of a source is a dialogue, unless --text_key, or a text under it, makes it text."""
     if settings['prompt_key']:
         return True
-    if settings.given('text_key'):
+    if settings.was_set('text_key'):
         return False
     first, _ = next(read_text.read(path, settings['encoding'], (), extract=lambda record, place: [(record, True)]),
                     ('', True))
@@ -208,7 +208,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
     if n_left_out[0]:
         print(f'{n_left_out[0]:,} rows without an answer were left out', file=sys.stderr)
     _report(folder, tokenizer, meta, n_chars, settings['vocab_size'])
-    if expect and by_source and not settings.given('tokenizer') and not settings.given('val_fraction'):
+    if expect and by_source and not settings.was_set('tokenizer') and not settings.was_set('val_fraction'):
         found = tuple(facts['n_tokens'] for facts in meta['splits'].values())
         if found != tuple(expect):
             print(f'warning: expected {expect[0]:,} and {expect[1]:,} tokens: has the text changed at its source?',
@@ -265,7 +265,7 @@ def _show(settings, script):
     The tokenizer is that of a prepared dataset if --name names one and --tokenizer is not given.
     """
     folder = script.parent.parent / (settings['name'] or script.parent.name)
-    if (folder / 'meta.json').exists() and not settings.given('tokenizer'):
+    if (folder / 'meta.json').exists() and not settings.was_set('tokenizer'):
         tokenizer = tokenizers.from_spec(data_folder.tokenizer_spec(folder))
     elif settings['tokenizer'] == 'bpe':
         raise UserError('a bpe is trained on a text: prepare a dataset with it, then --show=... --name=ITS_NAME')

@@ -70,7 +70,7 @@ def config_of(settings, data, vocab_size=0):
     if source := gpt2.find(s['init_from']):
         config = source.config()
         return replace(config, dropout=s['dropout'],
-                       block_size=s['block_size'] if s.given('block_size') else config.block_size)
+                       block_size=s['block_size'] if s.was_set('block_size') else config.block_size)
     known = 50304 if data is None or data.tokenizer['kind'] == 'gpt2' else data.vocab_size
     options = {f.name: s[f.name] for f in fields(GPTConfig) if f.name in s}
     return GPTConfig(**{**options, 'vocab_size': vocab_size or known})
@@ -79,9 +79,9 @@ def config_of(settings, data, vocab_size=0):
 def job_from(settings, config, dtype, data=None, gpus=1):
     """Return the Job of train.py's Settings. config: the GPTConfig; data: the Dataset, or None if not prepared."""
     s = settings
-    updates_given = s.by_flag('max_iters')
-    minutes = 0.0 if updates_given and not s.by_flag('max_minutes') else s['max_minutes']
-    short = 0.0 if updates_given and not s.by_flag('context_warmup') else s['context_warmup']
+    updates_given = s.set_by_flag('max_iters')
+    minutes = 0.0 if updates_given and not s.set_by_flag('max_minutes') else s['max_minutes']
+    short = 0.0 if updates_given and not s.set_by_flag('context_warmup') else s['context_warmup']
     if data and data.marks:
         short = 0.0  # dialogues are read whole
     T = config.block_size
@@ -270,7 +270,7 @@ def one_line(job, seconds_per_update, n_bytes=0, updates_done=0):
     epochs = tokens / job.train_tokens if job.train_tokens else 0.0
     read = f' ({epochs:.2g} epochs)' if epochs else ''
     held = f', {size(n_bytes)} of memory' if n_bytes else ''
-    return minutes, epochs, (f'plan: about {duration(minutes)} for {human_number(updates)} updates, '
+    return minutes, epochs, (f'plan: about {duration(minutes)} for {human_number(round(updates))} updates, '
                              f'{human_number(tokens)} tokens{read}{held}')
 
 

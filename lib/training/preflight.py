@@ -45,7 +45,7 @@ CONFLICTS = (
     (lambda s: s['lora_rank'] > 0 and s['optimizer'] == 'muon',
      'lora_rank trains thin matrices, which muon is not for; use --optimizer=adamw'),
     (lambda s: s['context_warmup'] and s['block_size'] % 4, 'context_warmup needs a block_size divisible by 4'),
-    (lambda s: s['decay_lr'] and s.given('lr_decay_iters') and 0 < s['lr_decay_iters'] <= s['warmup_iters'],
+    (lambda s: s['decay_lr'] and s.was_set('lr_decay_iters') and 0 < s['lr_decay_iters'] <= s['warmup_iters'],
      'warmup_iters must be below lr_decay_iters, or the learning rate never decays'),
 )
 
@@ -80,13 +80,13 @@ def _check(s):
             errors += _use_checkpoint(s, *resumed) if resumed else _nothing_to_resume(s)
     elif source:
         errors += _use_source_architecture(s, source)
-    if s.by_flag('max_iters') and not s.by_flag('max_minutes'):
+    if s.set_by_flag('max_iters') and not s.set_by_flag('max_minutes'):
         s['max_minutes'] = 0.0  # an explicit --max_iters makes updates the schedule's axis
-    if s.by_flag('max_iters') and not s.by_flag('context_warmup'):
+    if s.set_by_flag('max_iters') and not s.set_by_flag('context_warmup'):
         s['context_warmup'] = 0.0
-    if not s.given('lr_decay_iters'):
+    if not s.was_set('lr_decay_iters'):
         s['lr_decay_iters'] = s['max_iters']
-    if not s.given('min_lr'):
+    if not s.was_set('min_lr'):
         s['min_lr'] = s['learning_rate'] / 10
     errors += check_values(s)
     if not errors and (problem := _memory_problem(s)):
@@ -96,7 +96,7 @@ def _check(s):
     try:
         data = dataset.open_dataset(s['dataset'], max(1, s['block_size']))
     except UserError as error:
-        hint = '' if s.given('dataset') or 'not found' not in error.message else (
+        hint = '' if s.was_set('dataset') or 'not found' not in error.message else (
             '; for a first model: python data/python_char/prepare.py && python train.py config/train_python_char.py')
         return [*errors, error.message + hint], None, None
     if data.marks:
@@ -147,7 +147,7 @@ def check_values(s):
 
 def _dtype(s):
     """Return the name of the dtype that training will use, on a device that exists."""
-    return s['dtype'] if s.given('dtype') else devices.pick_dtype(torch.device(s['device']))[0]
+    return s['dtype'] if s.was_set('dtype') else devices.pick_dtype(torch.device(s['device']))[0]
 
 
 def _batch_errors(s):
@@ -195,7 +195,7 @@ def _use_checkpoint(s, path, state):
     errors = _use_architecture(s, state['model_args'], path) + _use_lora_rank(s, state, path)
     origins, has_config = state.get('origins', {}), any(origin.kind == 'config' for origin in s.origins.values())
     for name, value in state.get('config', {}).items():
-        if name not in s or name in OF_THIS_PROCESS or name in ARCHITECTURE or name == 'lora_rank' or s.typed(name):
+        if name not in s or name in (*OF_THIS_PROCESS, *ARCHITECTURE, 'lora_rank') or s.on_command_line(name):
             continue
         if type(value) is not type(s[name]) or (name in AUTOMATIC and origins.get(name, 'default') == 'default'):
             continue
@@ -217,7 +217,7 @@ def _use_architecture(s, model_args, path):
     for name in ARCHITECTURE:
         if name not in s or s[name] == have[name]:
             continue
-        if s.typed(name):
+        if s.on_command_line(name):
             errors.append(f'{name}={s[name]} but the checkpoint {path} has {have[name]}; drop the flag')
         else:
             s.put(name, have[name], 'checkpoint', path)
@@ -230,9 +230,9 @@ def _use_source_architecture(s, source):
         config = source.config()
     except UserError as error:
         return [error.message]
-    if s.given('block_size') and s['block_size'] > config.block_size:
+    if s.was_set('block_size') and s['block_size'] > config.block_size:
         return [f'block_size={s["block_size"]} but {source.name} has {config.block_size} positions; lower it']
-    if s.given('block_size'):
+    if s.was_set('block_size'):
         config.block_size = s['block_size']
     return _use_architecture(s, vars(config), source.name)
 
@@ -242,7 +242,7 @@ def _use_lora_rank(s, state, path):
     rank = lora.rank_of(state['model'])
     if s['eval_only'] or s['lora_rank'] == rank:
         return []
-    if s.typed('lora_rank'):
+    if s.on_command_line('lora_rank'):
         found = f'rank {rank}' if rank else 'no adapters'
         advice = 'drop it' if rank else 'to adapt its model, export it and name the folder with --init_from'
         return [f'lora_rank={s["lora_rank"]} but the checkpoint {path} has {found}; {advice}']
@@ -289,7 +289,7 @@ def resume_changes(state, s, data):
     for name, old in state.get('config', {}).items():
         if name not in s or name in ARCHITECTURE or name in OF_THIS_PROCESS - {'device'} or s[name] == old:
             continue
-        if name not in ('dtype', 'compile') or s.given(name):
+        if name not in ('dtype', 'compile') or s.was_set(name):
             lines.append(f'{name}: checkpoint {old}, now {s[name]}')
     if other_data(state, data):
         old, new = state['data'], data.fingerprint()

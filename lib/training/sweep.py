@@ -54,7 +54,7 @@ class Run:
 
     @property
     def by_clock(self):
-        return self.settings['max_minutes'] > 0 and not self.settings.by_flag('max_iters')
+        return self.settings['max_minutes'] > 0 and not self.settings.set_by_flag('max_iters')
 
     def fraction(self):
         """Return how much of the run is done, 0 to 1, by its log."""

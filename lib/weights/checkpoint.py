@@ -115,12 +115,12 @@ def has_nan(model):
     return any(not torch.isfinite(p.sum(dtype=wider.get(p.dtype))) for p in shards)  # a sum needs no extra memory
 
 
-def save_run(rt, out_dir, state, model, *, as_best, must, say=print, warn=print):
+def save_run(rt, out_dir, state, model, *, as_best, required, say=print, warn=print):
     """Write the run's state to out_dir/last.pt; rank 0 writes, every rank must call it. Returns whether it was saved.
 
     state: the checkpoint, complete on rank 0. model: the model whose weights it holds; if they are not all finite,
     nothing is written. as_best: make ckpt.pt the same file; a model with adapters is merged and written there instead.
-    must: a failure is a UserError on every rank; otherwise it is a warning. say, warn: functions that print a line.
+    required: a failure is a UserError on every rank; otherwise it is a warning. say, warn: functions that print a line.
     """
     failure = ''
     if rt.all_reduce_max(has_nan(model))[0]:
@@ -139,10 +139,10 @@ def save_run(rt, out_dir, state, model, *, as_best, must, say=print, warn=print)
             failure = error.message
         except OSError as error:
             failure = f'could not write {out_dir}: {error.strerror}'
-    if failure and not must:
+    if failure and not required:
         warn(failure)
     failed = rt.all_reduce_max(bool(failure))[0]
-    if failed and must:
+    if failed and required:
         raise UserError(failure or 'rank 0 could not save')
     return not failed
 
