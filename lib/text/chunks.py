@@ -5,7 +5,6 @@
 
 Pieces are (text, is_last), see lib/text/read_text.py. Only a few chunks are in memory at a time.
 """
-import os
 import signal
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -130,10 +129,6 @@ def _tokenize_chunk(split, pieces, tokenizer=None, marks=None):
         return split, ids, n_chars, n_bytes, mask, answer_bytes
     text = ''.join([text for text, _ in pieces])
     return split, tokenizer.encode_documents(pieces), len(text), len(encoded(text))
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def tokenize(chunks, tokenizer, n_processes, marks=None):

@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import REPO, UserError, configure, find_path, reason
+from configurator import REPO, UserError, configure, find_path
+from lib.machine.console import reason
+from lib.machine.cpus import usable_cpus
 from lib.text import advice, chunks, data_folder, dialogue, inputs, read_text
 from lib.text import tokenizer as tokenizers
-from lib.text.schema import parse_json
+from lib.text.schema import read_json
 
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
 # Text
@@ -86,7 +88,7 @@ def _spec_in(folder):
             return state['tokenizer']
     elif (folder / 'tokenizer_spec.json').exists():
         try:
-            return tokenizers.from_spec(parse_json((folder / 'tokenizer_spec.json').read_text(encoding='utf-8'))).spec
+            return tokenizers.from_spec(read_json(folder / 'tokenizer_spec.json')).spec
         except ValueError as error:
             raise UserError(f'{folder / "tokenizer_spec.json"} is damaged ({reason(error)})') from None
     elif (folder / 'train.bin').exists():
@@ -200,7 +202,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         gathered = chunks.gather_dialogues(stream)
     else:
         gathered = chunks.gather(stream, tokenizer.safe_split, append_separator)
-    tokenized = chunks.tokenize(gathered, tokenizer, settings['num_proc'] or chunks.cores(), marks)
+    tokenized = chunks.tokenize(gathered, tokenizer, settings['num_proc'] or usable_cpus(), marks)
     meta, n_chars = data_folder.write(folder, tokenizer, _with_bar(tokenized), source_text, marks)
 
     if existing and any(old_meta.get(key) != meta[key] for key in ('tokenizer', 'splits')):
