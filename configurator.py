@@ -29,13 +29,6 @@ class UserError(SystemExit):
         self.message = message
 
 
-def reason(error):
-    """Return an exception in one line of at most 200 characters: its type and its message, or a UserError's message."""
-    text = ' '.join(getattr(error, 'message', str(error)).split())
-    text = text if len(text) <= 200 else f'{text[:200].rsplit(" ", 1)[0]} ...'
-    return text if isinstance(error, UserError) else f'{type(error).__name__}: {text}'
-
-
 class Origin(NamedTuple):
     """Where the value of a setting comes from. kind: default, config, flag or checkpoint."""
     kind: str = 'default'
@@ -89,9 +82,15 @@ class _ConfigScope(dict):
 
 
 def find_path(path):
-    """Return `path` relative to the working directory if it exists there, else to the repository, else unchanged."""
-    path = Path(path).expanduser()
-    return REPO / path if not path.exists() and (REPO / path).exists() else path
+    """Return `path` relative to the working directory if it exists there, else to the repository, else unchanged.
+
+    UserError for a name that no file can have.
+    """
+    try:
+        path = Path(path).expanduser()
+        return REPO / path if not path.exists() and (REPO / path).exists() else path
+    except (OSError, RuntimeError) as error:  # too long, or ~ of a user that does not exist
+        raise UserError(f'{str(path)[:80]}: {getattr(error, "strerror", None) or error}') from None
 
 
 def _did_you_mean(name, known):
@@ -148,7 +147,7 @@ def _parse(argv, settings, words):
 def _run_config(path, settings, flags):
     """Execute a config file, which sees the values so far, and take over what it assigns."""
     found = find_path(path)
-    if not found.is_file():
+    if not found.exists() or found.is_dir():  # it may be a pipe
         settings.understood = False
         if found.is_dir() and 'out_dir' in settings:
             settings.errors.append(f'{path} is a folder, not a config file; to name a run, use --out_dir={path}')
@@ -159,7 +158,7 @@ def _run_config(path, settings, flags):
         return
     scope = _ConfigScope(dict(settings, __file__=str(found), __name__=found.stem), flags)
     try:
-        exec(compile(found.read_text(encoding='utf-8'), str(found), 'exec'), scope.module, scope)
+        exec(compile(found.read_text(encoding='utf-8-sig'), str(found), 'exec'), scope.module, scope)
     except Exception as error:
         settings.understood = False
         frames = inspect.getinnerframes(error.__traceback__)
@@ -230,15 +229,6 @@ def exit_with(errors):  # one line per mistake, exit status 2
     raise SystemExit(2)
 
 
-def _print_exception(kind, error, trace):  # Python then ends with status 130, which shells expect
-    if issubclass(kind, KeyboardInterrupt):
-        print('interrupted', file=sys.stderr)
-    elif issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
-        print(f'error: out of memory ({reason(error)})', file=sys.stderr)
-    else:
-        sys.__excepthook__(kind, error, trace)
-
-
 def literals(namespace):
     """Return the settings among a script's globals: {name: int, float, bool or str}, without _names and CONSTANTS."""
     return {name: value for name, value in namespace.items()
@@ -257,7 +247,7 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
     if '--help' in argv or '-h' in argv:
         print(describe(Path(namespace['__file__']).read_text(encoding='utf-8'), defaults, namespace.get('__doc__')))
         raise SystemExit(0)
-    sys.excepthook = _print_exception
+    sys.excepthook = console.print_exception
     settings = resolve(defaults, argv, early, words)
     errors = settings.errors + (check(settings) if check and settings.understood else [])
     if errors:

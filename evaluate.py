@@ -23,7 +23,7 @@ from lib.generate import generate
 from lib.machine import runtime
 from lib.machine.device import DTYPES, device_problem, pick_device
 from lib.text import dataset as datasets
-from lib.text import read_text
+from lib.text import encodings, read_text
 from lib.text.tokenizer import describe_mismatch
 from lib.training import log
 from lib.weights.load_model import load_model
@@ -62,7 +62,7 @@ def check(s):
         'dtype': (s['dtype'] in ('auto', *DTYPES), f'one of {", ".join(runtime.DTYPES)}'),
     }
     found = [f'{name} must be {wanted}, got {s[name]!r}' for name, (fine, wanted) in rules.items() if not fine]
-    found += read_text.encoding_problems(s['encoding'])
+    found += encodings.problems(s['encoding'])
     found += [f'{name}={s[name]}: there is no such file' for name in ('text', 'input')
               if s[name] and (not find_path(s[name]).exists() or find_path(s[name]).is_dir())]
     if sum(bool(s[name]) for name in ('dataset', 'text', 'task')) > 1:

@@ -17,6 +17,7 @@ import train
 from configurator import UserError, configure, describe, exit_with, literals
 from lib.machine import device as devices
 from lib.machine.cpus import usable_cpus
+from lib.machine.files import alone_in
 from lib.training import law as laws
 from lib.training import log, sweep, sweep_plot, sweep_results
 from lib.training.log import duration
@@ -103,7 +104,8 @@ class Progress:
 def carry_out(runs, s):
     """Carry out the runs, in two rounds with halving, and write results.tsv after each."""
     folder = Path(s['out_dir'])
-    folder.mkdir(parents=True, exist_ok=True)
+    if path := sweep_results.find(folder):
+        sweep_results.read_tsv(path)  # UserError if it is a file of another program, which must not be lost
     kept = sum(sweep.load_result(run) for run in runs)
     if kept:
         log.say(f'{kept} of {len(runs)} runs were finished before')
@@ -148,7 +150,12 @@ def main():
     if errors:
         exit_with(errors)
     print(f'{len(runs)} runs in {s["out_dir"]}')
-    carry_out(runs, s)
+    try:
+        Path(s['out_dir']).mkdir(parents=True, exist_ok=True)
+        with alone_in(s['out_dir']):
+            carry_out(runs, s)
+    except BlockingIOError:
+        raise UserError(f'another sweep is running in {s["out_dir"]}; choose another --out_dir') from None
     rows, folder = rows_of(runs), Path(s['out_dir'])
     print('\n'.join(sweep_results.table(rows)))
     if sentence := sweep_results.verdict(rows):

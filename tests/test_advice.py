@@ -1,5 +1,4 @@
 """lib/text/advice.py: what prepare tells a reader about a text and its tokens."""
-import pytest
 
 from lib.text import advice, tokenizer
 
@@ -68,23 +67,6 @@ def test_the_command_to_type_next_is_the_datasets_config_or_one_that_fits_the_sm
         'python train.py config/train_x.py')
     assert advice.train_command('x', [], CHARS('ab'), counts).endswith('--out_dir=out-x --block_size=64')
     assert '--block_size' not in advice.train_command('x', [], CHARS('ab'), {'train': 900, 'val': 257})
-
-
-@pytest.mark.parametrize('start, what', [(b'%PDF-1.4 plain ASCII', 'a PDF'), (b'Rar!\x1a\7', 'a rar archive'),
-                                         (b'\x89PNG\r\n', 'picture'), (b'PK is short', ''), ('人之初'.encode(), ''),
-                                         (b'', '')])
-def test_files_that_are_not_text_are_known_by_their_first_bytes(tmp_path, start, what):
-    path = tmp_path / 'x'
-    path.write_bytes(start)
-    assert what in advice.not_text(path) and bool(what) == bool(advice.not_text(path))
-
-
-def test_all_files_of_a_folder_that_are_not_text_are_named_at_once_with_a_pattern_that_leaves_them_out(tmp_path):
-    for name, data in (('a.pdf', b'%PDF-'), ('b.txt', b'text'), ('c.png', b'\x89PNG')):
-        (tmp_path / name).write_bytes(data)
-    line = advice.unreadable(tmp_path, sorted(tmp_path.iterdir()))
-    assert 'a.pdf is a PDF, c.png is a picture' in line and f"--input='{tmp_path}/**/*.txt'" in line
-    assert advice.unreadable(tmp_path, [tmp_path / 'b.txt']) == ''
 
 
 def test_tokens_are_shown_with_their_ids_and_parts_of_characters_as_bytes():

@@ -2,6 +2,7 @@
 
     CHAOS_ROUNDS=200 python -m pytest -m slow -s tests/test_chaos.py
 """
+import contextlib
 import json
 import os
 import random
@@ -63,12 +64,14 @@ def make_trouble(kind, process, out, rng):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (rng.randrange(30000), hard))
         time.sleep(rng.random() * 0.2)
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (hard, hard))
-    if kind == 'renamed':
+    if kind in ('renamed', 'read-only'):
         out.rename(out.with_name('renamed'))
-    if kind == 'read-only':  # root writes all the same
-        out.chmod(0o500)
-        time.sleep(rng.random() * 0.2)
-        out.chmod(0o700)
+    if kind == 'read-only':  # for a while; root could write to a folder that is, so a file stands in its place
+        with contextlib.suppress(OSError):  # the run has made the folder again, before or after the file was there
+            out.touch(exist_ok=False)
+            time.sleep(rng.random() * 0.2)
+            out.unlink()
+            out.with_name('renamed').rename(out)
     time.sleep(rng.random() * 0.1)
     os.kill(process.pid, signal.SIGKILL)
 
@@ -82,8 +85,8 @@ def test_after_any_trouble_every_file_is_whole_and_the_resumed_run_equals_an_uni
         begin = Ranks(1, 'train.py', *FLAGS, '--init_from=base', '--lora_rank=2', '--max_iters=1', cwd=workdir).wait()
         assert begin[0][0] == 0, begin
         shutil.copytree(out, workdir / 'whole')
-    counts, inside, survivors = {}, 0, []
-    for _ in range(max(1, ROUNDS // 3)):
+    counts, inside, training, survivors = {}, 0, 0, []
+    for _ in range(-(-ROUNDS // 3)):
         trouble = rng.choice(['SIGKILL', 'SIGKILL', 'SIGTERM', 'SIGHUP', 'stop', 'full disk', 'renamed', 'read-only'])
         shutil.rmtree(workdir / 'renamed', ignore_errors=True)
         saves = workdir / 'saves0'
@@ -95,9 +98,11 @@ def test_after_any_trouble_every_file_is_whole_and_the_resumed_run_equals_an_uni
         chosen = rng.randrange(n_ranks)
         assert ranks.all[chosen].is_alive(), ranks.wait(1)
         make_trouble(trouble, ranks.all[chosen], out, rng)
-        ended = ranks.wait(30)
+        ended = ranks.wait(120)
         counts[trouble] = counts.get(trouble, 0) + 1
-        inside += saves.read_bytes().endswith(b'(')
+        if -signal.SIGKILL in [code for code, *_ in ended]:
+            inside += saves.read_bytes().endswith(b'(')
+            training += saves.read_bytes().endswith(b')')
         survivors += [end for end in ended if end[0] is None]  # a rank that went on alone
         if trouble in ('SIGTERM', 'SIGHUP'):
             assert {code for code, *_ in ended} == {128 + getattr(signal, trouble)}, ended
@@ -107,10 +112,11 @@ def test_after_any_trouble_every_file_is_whole_and_the_resumed_run_equals_an_uni
             (workdir / 'renamed').rename(out)
     assert not survivors
     reached = whole(out)
-    print(f'{kind}: {counts}, {inside} of them inside a save, {reached} updates')
+    print(f'{kind}: {counts}; {inside} kills inside a save, {training} between saves; {reached} updates', flush=True)
     for folder, more in (('out', flags), ('whole', [*FLAGS, '--eval_interval=1000'])):
         ended = Ranks(n_ranks, 'train.py', *more, f'--out_dir={folder}', f'--max_iters={reached + 3}',
                       cwd=workdir).wait(500)
         assert [code for code, *_ in ended] == [0] * n_ranks, ended
     assert differences(trained_part(load('whole/last.pt')), trained_part(load('out/last.pt'))) == []
-    assert inside > 0 or ROUNDS < 60
+    assert not [p.name for p in out.iterdir() if '.tmp.' in p.name]
+    assert inside and training or ROUNDS < 60

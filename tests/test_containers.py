@@ -260,6 +260,31 @@ def test_a_link_to_a_folder_above_is_followed_once(prepare, tmp_path):
     assert prepare(tmp_path / 'in').whole_text == TEXT
 
 
+@pytest.mark.parametrize('start, what', [(b'%PDF-1.4 plain ASCII', 'a PDF'), (b'Rar!\x1a\7', 'a rar archive'),
+                                         (b'\x89PNG\r\n', 'picture'), (b'PK is short', ''), ('人之初'.encode(), ''),
+                                         (b'', '')])
+def test_files_that_are_not_text_are_known_by_their_first_bytes(tmp_path, start, what):
+    path = tmp_path / 'x'
+    path.write_bytes(start)
+    assert what in containers.not_text(path) and bool(what) == bool(containers.not_text(path))
+
+
+def test_files_of_a_folder_that_are_not_text_are_left_out_by_name(prepare, tmp_path):
+    put(tmp_path / 'in' / 'a.txt', TEXT)
+    put(tmp_path / 'in' / 'b.md', '')
+    put(tmp_path / 'in' / 'c.pdf', b'%PDF-1.4')
+    put(tmp_path / 'in' / 'd' / 'e.png', b'\x89PNG')
+    assert prepare(tmp_path / 'in', '--name=x').whole_text == TEXT
+    assert 'left out 2 files or folders: ' in prepare.err
+    assert 'c.pdf (a PDF)' in prepare.err and 'e.png (a picture)' in prepare.err
+
+
+def test_a_folder_without_text_is_refused(prepare, tmp_path, capfd):
+    put(tmp_path / 'in' / 'c.pdf', b'%PDF-1.4')
+    with pytest.raises(UserError, match='no text in it'):
+        prepare(tmp_path / 'in', '--name=x')
+
+
 # Two at once
 
 def test_a_second_prepare_of_the_same_folder_is_refused_and_harms_nothing(prepare, tmp_path, capfd):

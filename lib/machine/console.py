@@ -19,9 +19,9 @@ def printable(text):
     """Return `text` with control characters other than newline and tab as escapes such as \\x1b.
 
     A terminal obeys control characters: they move the cursor, change the title, or hide text. Included are those of
-    eight bits, and the marks that change the direction of text.
+    eight bits, and the marks that change the direction of text. A carriage return before a newline is harmless.
     """
-    return re.sub('[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]',
+    return re.sub('[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]|\r(?!\n)',
                   lambda found: found.group().encode('unicode_escape').decode(), text)
 
 
@@ -67,7 +67,23 @@ class _Output(io.RawIOBase):
 
 
 class _Text(io.TextIOWrapper):
-    """A stream that is protected."""
+    """A stream that is protected. All text that is printed comes through here, whoever prints it."""
+    as_is = False
+
+    def write(self, text):
+        bar = '\r' if text[:1] == '\r' else ''  # tqdm's bars return to the beginning of their line
+        super().write(text if self.as_is else bar + printable(text[len(bar):]))
+        return len(text)
+
+
+@contextlib.contextmanager
+def as_is():
+    """Let control characters through while the block runs: a library that the user chose prints in colours."""
+    _Text.as_is = True
+    try:
+        yield
+    finally:
+        _Text.as_is = False
 
 
 def protect():
@@ -117,3 +133,28 @@ def end_signal():
     if hangup is None or getattr(error, 'errno', None) == errno.EPIPE:
         return getattr(signal, 'SIGPIPE', 13)
     return hangup
+
+
+def reason(error):
+    """Return an exception in one line of at most 200 characters: its type and its message, or a UserError's message."""
+    text = ' '.join(getattr(error, 'message', str(error)).split())
+    text = text if len(text) <= 200 else f'{text[:200].rsplit(" ", 1)[0]} ...'
+    is_users = isinstance(error, SystemExit) and hasattr(error, 'message')
+    return text if is_users else f'{type(error).__name__}: {text}'
+
+
+def print_exception(kind, error, trace):
+    """Print an exception that nobody caught: one line if it tells of the machine and not of a mistake in the program.
+
+    It is an excepthook; Python then ends with status 1, or with 130 after Ctrl-C, which shells expect.
+    """
+    if issubclass(kind, KeyboardInterrupt):
+        print('interrupted', file=sys.stderr)
+    elif issubclass(kind, MemoryError) or kind.__name__ == 'OutOfMemoryError' or "can't allocate memory" in str(error):
+        print(f'error: out of memory ({reason(error)})', file=sys.stderr)
+    elif issubclass(kind, OSError) and error.filename is not None:
+        print(f'error: {str(error.filename)[:200]}: {error.strerror}', file=sys.stderr)
+    elif kind.__name__ == 'PanicException':  # of the Rust libraries tokenizers, tiktoken and safetensors
+        print(f'error: {kind.__module__} ended with {reason(error)}', file=sys.stderr)
+    else:
+        sys.__excepthook__(kind, error, trace)

@@ -13,7 +13,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from lib.machine.cpus import usable_cpus  # noqa: F401  (in a file without torch, which prepare scripts import)
+from lib.machine.cpus import physical_memory, usable_cpus  # noqa: F401  (in a file without torch, which prepare scripts import)
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -143,7 +143,8 @@ def free_memory(device):
         return torch.cuda.mem_get_info(device)[1]
     try:
         lines = Path('/proc/meminfo').read_text(encoding='utf-8').splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith('MemAvailable'))
+        return min(free, physical_memory() or free)  # less in a container
     except (OSError, StopIteration):
         return 0
 

@@ -1,7 +1,8 @@
 """Loss curves of runs that may still be training: the new records of each log.jsonl since the last request."""
-import json
 import os
 import time
+
+from lib.training.log import parse_record
 
 MOST = 2**20  # bytes of a log in one answer
 FIELDS = ('iter', 'loss', 'lr', 'tok_s', 'step', 'train_loss', 'val_loss', 'val_bpb', 'minutes')
@@ -27,12 +28,8 @@ def appended(path, cursor):
         whole = raw  # no record is a megabyte long; skip it
     records = []
     for line in whole.splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(record, dict):
-            records.append({name: record[name] for name in FIELDS if type(record.get(name)) in (int, float)})
+        record = parse_record(line.decode('utf-8-sig', 'replace')) or {}
+        records.append({name: record[name] for name in FIELDS if record.get(name) is not None})
     end = start + len(whole)
     return {'cursor': [identity, end], 'anew': anew, 'more': len(raw) == MOST, 'records': [r for r in records if r],
             'idle': max(0.0, time.time() - stat.st_mtime)}

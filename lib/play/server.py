@@ -23,6 +23,7 @@ from pathlib import Path
 from lib.play.answers import BadRequest, answer
 from lib.play.models import Models
 from lib.play.worker import Busy, Worker
+from lib.text.schema import parse_json
 
 MOST_BYTES = 2**20  # of a request
 MOST_CONNECTIONS = 64
@@ -133,9 +134,9 @@ class Handler(BaseHTTPRequestHandler):
             return self.refuse(413, f'a request may have {MOST_BYTES:,} bytes, this one has {int(length):,}')
         self.unread = False
         try:
-            body = json.loads(self.rfile.read(int(length)).decode('utf-8'))
+            body = parse_json(self.rfile.read(int(length)).decode('utf-8'))
             work, queued = answer(self.server.site, self.path, body)
-        except (ValueError, RecursionError):
+        except ValueError:
             return self.refuse(400, 'expected a JSON object in UTF-8')
         except BadRequest as error:
             return self.refuse(error.status, error.message)

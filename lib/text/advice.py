@@ -1,8 +1,4 @@
 """What prepare tells a reader about a text besides the counts: its characters, its tokens, and what to do next."""
-from pathlib import Path
-
-from lib.text.containers import not_text
-
 FEW_CHARACTERS = 200  # vocabularies below this size are printed
 FEW_TOKENS = 2_000_000  # too few to train 50,257 embeddings of GPT-2's vocabulary from scratch
 
@@ -52,21 +48,6 @@ def train_command(name, configs, tokenizer, counts):
     if longest < context:  # the largest power of two that both splits can fill
         command += f' --block_size={1 << max(0, longest.bit_length() - 1)}'
     return command
-
-
-def unreadable(folder, paths):
-    """Return one line about the files in a folder that are not text, with a pattern that leaves them out; '' for none.
-
-    paths: all files found in the folder.
-    """
-    others = {path: what for path in paths if (what := not_text(path))}
-    if not others:
-        return ''
-    named = ', '.join(f'{Path(path).name} is {what}' for path, what in list(others.items())[:5])
-    more = f' and {len(others) - 5:,} more' * (len(others) > 5)
-    endings = sorted({path.suffix for path in paths if path not in others and path.suffix})
-    advice = f"; to read only text: --input='{folder}/**/*{endings[0]}'" if endings else ''
-    return f'{folder} has files that are not text: {named}{more}{advice}'
 
 
 def show_tokens(text, tokenizer):

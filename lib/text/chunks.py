@@ -5,7 +5,7 @@
 
 Pieces are (text, is_last), see lib/text/read_text.py. Only a few chunks are in memory at a time.
 """
-import os
+import re
 import signal
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
@@ -20,6 +20,7 @@ from lib.text.tokenizer import encoded, from_spec
 
 WINDOW = 10_000  # characters: how far back from the end of a chunk to look for a safe place to split
 LONGEST = 1 << 22  # characters; a document without a safe place in this many is split anywhere, in bounded memory
+LONGEST_WORD = 1000  # characters, in the training of a BPE
 SAMPLE = 20_000_000  # bytes: at most this much text trains a BPE
 
 
@@ -41,7 +42,14 @@ def scan(pieces, max_documents):
                 size = sum(len(encoded(part)) for part in sample)
         if n_docs >= max_documents:
             break
-    return n_chars, n_docs, ''.join(map(chr, np.flatnonzero(seen))), sample
+    return n_chars, n_docs, ''.join(map(chr, np.flatnonzero(seen))), list(chain.from_iterable(map(_short, sample)))
+
+
+def _short(text):
+    """Return a text to train a BPE on in parts that are short if it has few spaces; one long word takes minutes."""
+    if not re.search(f'\\S{{{LONGEST_WORD}}}', text):
+        return [text]
+    return [text[start:start + LONGEST_WORD] for start in range(0, len(text), LONGEST_WORD)]
 
 
 def split_by_document(pieces, val_fraction):
@@ -130,10 +138,6 @@ def _tokenize_chunk(split, pieces, tokenizer=None, marks=None):
         return split, ids, n_chars, n_bytes, mask, answer_bytes
     text = ''.join([text for text, _ in pieces])
     return split, tokenizer.encode_documents(pieces), len(text), len(encoded(text))
-
-
-def cores():
-    return len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
 
 
 def tokenize(chunks, tokenizer, n_processes, marks=None):

@@ -6,6 +6,7 @@
 Compressed files and tar archives are streams, so nothing is unpacked to disk, and archives may be inside each other.
 """
 import bz2
+import errno
 import functools
 import gzip
 import io
@@ -20,6 +21,7 @@ from configurator import UserError
 
 START = 1 << 15  # bytes to look at
 DEEPEST = 4  # archives inside archives
+LONGEST_HEADER = 1 << 20  # bytes of the name and other data of a member of a tar archive
 OTHER_FILES = {  # first bytes -> what begins with them
     b'%PDF-': 'a PDF', b'\x89PNG': 'a picture', b'\xff\xd8\xff': 'a picture', b'GIF8': 'a picture',
     b'II*\0': 'a picture', b'MM\0*': 'a picture', b'\0\0\1\0': 'a picture', b'RIFF': 'a sound, picture or film',
@@ -45,7 +47,17 @@ IN_ZIP = {'word/document.xml': 'a Word document (docx)', 'xl/workbook.xml': 'an 
           'ppt/presentation.xml': 'a PowerPoint file (pptx)', 'META-INF/container.xml': 'an epub book',
           'META-INF/MANIFEST.MF': 'a Java program', 'content.xml': 'an OpenDocument file'}
 DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfile.BadZipFile, RuntimeError,
-          NotImplementedError, ValueError)  # RuntimeError: encrypted
+          NotImplementedError, ValueError, MemoryError)  # RuntimeError: encrypted; MemoryError: it asks for too much
+
+
+def damage(label, kind, error):
+    """Return the UserError for an exception of DAMAGE from a file of this kind.
+
+    The exception itself, if it does not tell of the content: the disk or the network did not deliver the file.
+    """
+    if getattr(error, 'errno', None) not in (None, errno.EINVAL):
+        return error
+    return UserError(f'{label} is a damaged {kind}: {(str(error).splitlines() or [type(error).__name__])[0]}')
 
 
 def _kind_of(start):
@@ -88,6 +100,16 @@ def _kind_of_zip(archive):
     return next((what for name, what in IN_ZIP.items() if name in names), '')
 
 
+class _Member(tarfile.TarInfo):
+    """A member of a tar archive. Its name may be stored in an extra header, which tarfile reads whole."""
+
+    def _proc_member(self, archive):
+        if self.type in (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME,
+                         tarfile.GNUTYPE_LONGLINK) and self.size > LONGEST_HEADER:
+            raise tarfile.ReadError(f'a header claims {self.size:,} bytes')
+        return super()._proc_member(archive)
+
+
 def _is_tar(start):
     """True if a file begins with the header of a tar archive; its checksum makes sure."""
     try:
@@ -127,18 +149,18 @@ def _parts(label, stream, left_out, depth, kind):
                 inner = io.BufferedReader(opener(stream), START)
                 inner.peek(1)
             except DAMAGE as error:
-                raise UserError(f'{label} is a damaged {name} file: {error}') from None
+                raise damage(label, f'{name} file', error) from None
             yield from _parts(label, inner, left_out, depth + 1, name)
             return
     if _is_tar(start):
         try:
-            with tarfile.open(fileobj=stream, mode='r|') as archive:
+            with tarfile.open(fileobj=stream, mode='r|', tarinfo=_Member) as archive:
                 for member in archive:
                     if member.isfile() and not _hidden(member.name, label, left_out):
                         yield from _parts_of_member(label, member.name, archive.extractfile(member), left_out, depth,
                                                     'tar')
         except DAMAGE as error:
-            raise UserError(f'{label} is a damaged tar archive: {error}') from None
+            raise damage(label, 'tar archive', error) from None
     elif start.startswith((b'PK\x03\x04', b'PK\x05\x06')):
         if depth >= 1:
             raise UserError(f'{label} is a zip archive inside another; unpack it and name the folder')
@@ -159,7 +181,7 @@ def _zip_parts(label, stream, left_out):
                     with archive.open(member) as file:
                         yield from _parts_of_member(label, member.filename, file, left_out, 0, 'zip')
     except DAMAGE as error:
-        raise UserError(f'{label} is a damaged or encrypted zip archive: {error}') from None
+        raise damage(label, 'or encrypted zip archive', error) from None
 
 
 def _parts_of_member(label, name, file, left_out, depth, kind):

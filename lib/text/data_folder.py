@@ -19,7 +19,7 @@ from configurator import REPO, UserError
 from lib.machine import files
 from lib.machine.files import sync
 from lib.text import dialogue
-from lib.text.schema import nanogpt_chars, parse_json
+from lib.text.schema import nanogpt_chars, read_json
 from lib.text.tokenizer import CharTokenizer, TextError, from_spec
 
 IN_MEMORY = 256 * 2**20  # bytes; a smaller .bin file is read whole and its sha256 checked, a larger one is mapped
@@ -56,7 +56,7 @@ def read_meta(path):
     UserError if anything in it is missing or wrong.
     """
     try:
-        meta = parse_json((path / 'meta.json').read_text(encoding='utf-8'))
+        meta = read_json(path / 'meta.json')
         for split in SPLITS:
             for key, kind in (('n_tokens', int), ('n_bytes', int), ('max_id', int), ('sha256', str)):
                 value = meta['splits'][split][key]

@@ -4,7 +4,7 @@ import os
 from pathlib import Path
 
 from configurator import UserError, find_path
-from lib.text import advice, containers
+from lib.text import containers
 from lib.text.download import download, own_file
 
 
@@ -29,9 +29,12 @@ def find(flag, words, folder, reuse=False):
 def _find_files(flag, word):
     path, left_out = find_path(word), []
     if path.is_dir():
-        found = _everything_in(path, left_out)
-        if others := advice.unreadable(path, found):
-            raise UserError(f'--{flag}={word}: {others}')
+        found = []
+        for file in _everything_in(path, left_out):
+            if what := containers.not_text(file):
+                left_out.append((str(file), what))
+            else:
+                found.append(file)
     elif path.exists():
         if not path.is_file():
             raise UserError(f'--{flag}={word} is a pipe or device, which can be read only once, and prepare reads '
@@ -48,7 +51,7 @@ def _find_files(flag, word):
     if not found:
         reason = 'no such file or folder'
         if path.is_dir():
-            reason = 'no files in it'
+            reason = 'no text in it'
         elif glob.has_magic(str(path)):
             reason = 'the pattern matches no file'
         raise UserError(f'--{flag}={word}: {reason}')

@@ -41,6 +41,10 @@ def read(label, start, stream):
         if len(lines) > 1 and type(first) is list and type(_value(lines[1])) is list:
             raise UserError(f'{label}:1: expected one JSON object per line, found list')
         return _array(label, stream)
+    if type(_value(lines[0].strip().rstrip(','))) is dict:
+        raise UserError(f'{label}:1: a comma after a JSON object; expected one object per line and nothing else')
+    if _begins_with_object(start, named):
+        raise UserError(f'{label} is JSON, but not one object per line; convert it, for example: jq -c . FILE')
     others = [type(_value(line)) for line in lines[1:10]]
     if first is not None and named or type(first) is list and others and all(kind is list for kind in others):
         raise UserError(f'{label}:1: expected one JSON object per line, found {type(first).__name__}')
@@ -51,10 +55,23 @@ def read(label, start, stream):
     return None
 
 
+def _begins_with_object(start, named):
+    """True if a text begins with a JSON object of several lines, which a notebook is, or with most of a large one."""
+    if not re.match(r'\s*\{\s*"(?:[^"\\\n]|\\.)*"\s*:', start.removeprefix('\ufeff')):
+        return False
+    try:
+        _DECODER.raw_decode(start.removeprefix('\ufeff').lstrip())
+        return True
+    except RecursionError:
+        return True
+    except ValueError:
+        return named or len(start) >= ENOUGH >> 7
+
+
 def _value(line):
     """Return the value of a line of JSON, None if it is not JSON (or null)."""
     try:
-        return parse_json(line)
+        return parse_json(line.strip())  # of white space and U+001E, which begins each line of a JSON sequence
     except ValueError:
         return None
 
@@ -71,7 +88,7 @@ def _lines(label, stream):
             if not line.strip():
                 continue
             try:
-                record = parse_json(line)
+                record = parse_json(line.strip())
             except ValueError as error:
                 reason = getattr(error, 'msg', error)
                 raise UserError(f'{label}:{number}: not JSON ({reason}); expected one object per line') from None
@@ -87,11 +104,14 @@ class _Buffer:
     def __init__(self, stream):
         self.stream, self.text, self.at = stream, '', 0
 
-    def more(self):
-        """Append the next chunk; return whether there was one."""
-        chunk = next(self.stream, '')
-        self.text, self.at = self.text[self.at:] + chunk, 0
-        return bool(chunk)
+    def more(self, least=1):
+        """Append the next chunks, `least` characters or more; return whether there were any."""
+        chunks, size = [], 0
+        while size < least and (chunk := next(self.stream, '')):
+            chunks.append(chunk)
+            size += len(chunk)
+        self.text, self.at = self.text[self.at:] + ''.join(chunks), 0
+        return size > 0
 
     def next_character(self):
         """Return the next character that is not white space, '' at the end; it is not consumed."""
@@ -110,10 +130,8 @@ class _Buffer:
             except RecursionError:
                 raise ValueError('it is nested too deeply') from None
             except ValueError:
-                if size > LONGEST or not self.more():
+                if size > LONGEST or not self.more(max(1, size)):  # doubled: a long value is not parsed often
                     raise
-                while len(self.text) < 2 * size and self.more():  # doubled, so that a long value is not parsed often
-                    pass
 
 
 def _array(label, stream):

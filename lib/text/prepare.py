@@ -12,10 +12,12 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import REPO, UserError, configure, find_path, reason
-from lib.text import advice, chunks, data_folder, dialogue, inputs, read_text
+from configurator import REPO, UserError, configure, find_path
+from lib.machine.console import reason
+from lib.machine.cpus import usable_cpus
+from lib.text import advice, chunks, data_folder, dialogue, encodings, inputs, read_text
 from lib.text import tokenizer as tokenizers
-from lib.text.schema import parse_json
+from lib.text.schema import KINDS, read_json
 
 # --- settings of every data/NAME/prepare.py -------------------------------------------------------------------------
 # Text
@@ -35,14 +37,13 @@ show = ''  # print how this text is split into tokens, and nothing else; '' = of
 # --------------------------------------------------------------------------------------------------------------------
 
 _TINY = 5_000  # characters; a warning is printed for a shorter text
-_KINDS = ('char', 'byte', 'gpt2', 'bpe')
 
 
 def _check(settings):
     """Return a list of error messages about the settings of a prepare script; empty if they are valid."""
     problems = []
-    if settings['tokenizer'] not in _KINDS and not find_path(settings['tokenizer']).is_dir():
-        problems.append(f"tokenizer={settings['tokenizer']}: expected one of {', '.join(_KINDS)}, or the folder of a "
+    if settings['tokenizer'] not in KINDS and not find_path(settings['tokenizer']).is_dir():
+        problems.append(f"tokenizer={settings['tokenizer']}: expected one of {', '.join(KINDS)}, or the folder of a "
                         'run or a dataset')
     if not 0 < settings['val_fraction'] < 1:
         problems.append(f"val_fraction={settings['val_fraction']}: expected more than 0 and less than 1")
@@ -56,7 +57,7 @@ def _check(settings):
         problems.append(f"num_proc={settings['num_proc']}: expected 0 (one per core) or more")
     if settings['name'] and not re.fullmatch(r'\w[\w.-]*', settings['name']):
         problems.append(f"name={settings['name']}: expected a plain folder name of letters, digits, _ - and .")
-    return problems + read_text.encoding_problems(settings['encoding'])
+    return problems + encodings.problems(settings['encoding'])
 
 
 def _tokenizer(settings, chars, sample, append_separator):
@@ -67,7 +68,7 @@ def _tokenizer(settings, chars, sample, append_separator):
         return tokenizers.CharTokenizer(''.join(sorted(set(chars))))
     if settings['tokenizer'] == 'bpe':
         return tokenizers.train_bpe(sample, settings['vocab_size'])
-    if settings['tokenizer'] in _KINDS:
+    if settings['tokenizer'] in KINDS:
         spec = {'kind': settings['tokenizer']}
     else:
         spec = _spec_in(find_path(settings['tokenizer']))
@@ -86,7 +87,7 @@ def _spec_in(folder):
             return state['tokenizer']
     elif (folder / 'tokenizer_spec.json').exists():
         try:
-            return tokenizers.from_spec(parse_json((folder / 'tokenizer_spec.json').read_text(encoding='utf-8'))).spec
+            return tokenizers.from_spec(read_json(folder / 'tokenizer_spec.json')).spec
         except ValueError as error:
             raise UserError(f'{folder / "tokenizer_spec.json"} is damaged ({reason(error)})') from None
     elif (folder / 'train.bin').exists():
@@ -162,7 +163,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
     if name_from_file and not folder.name.strip('_.'):
         raise UserError(f'--input={words[0]} gives the dataset no name; choose one with --name=...')
     keys, kind = [key.strip() for key in settings['text_key'].split(',')], settings['tokenizer']
-    if kind not in _KINDS:
+    if kind not in KINDS:
         kind = _spec_in(find_path(kind))['kind']
     dialogues, n_left_out = not rewrite and _has_dialogues(paths[0], settings), [0]
 
@@ -200,7 +201,7 @@ def _prepare(settings, script, source, val_source, where, delimiter, rewrite, ex
         gathered = chunks.gather_dialogues(stream)
     else:
         gathered = chunks.gather(stream, tokenizer.safe_split, append_separator)
-    tokenized = chunks.tokenize(gathered, tokenizer, settings['num_proc'] or chunks.cores(), marks)
+    tokenized = chunks.tokenize(gathered, tokenizer, settings['num_proc'] or usable_cpus(), marks)
     meta, n_chars = data_folder.write(folder, tokenizer, _with_bar(tokenized), source_text, marks)
 
     if existing and any(old_meta.get(key) != meta[key] for key in ('tokenizer', 'splits')):
@@ -260,10 +261,7 @@ def _report(folder, tokenizer, meta, n_chars, vocab_size):
 
 
 def _show(settings, script):
-    """Print how the text of the setting `show` is split into tokens.
-
-    The tokenizer is that of a prepared dataset if --name names one and --tokenizer is not given.
-    """
+    """Print how the text of `show` is split into tokens, by the dataset's tokenizer if --tokenizer is not given."""
     folder = script.parent.parent / (settings['name'] or script.parent.name)
     if (folder / 'meta.json').exists() and not settings.was_set('tokenizer'):
         tokenizer = tokenizers.from_spec(data_folder.tokenizer_spec(folder))

@@ -4,63 +4,14 @@ Everything is read as a stream of pieces (text, is_last) of at most about CHUNK 
 last piece of a document. So no text has to fit into memory.
 """
 import codecs
-import re
 from itertools import chain
 
 from configurator import UserError
-from lib.text import containers, json_records
+from lib.text import containers, encodings, json_records
 from lib.text.tokenizer import EOT, TextError, encoded
 
 CHUNK = 1 << 20  # characters per piece of a long text
 MOST_PACKED = 1000  # text is rarely packed into a hundredth of its size, and never into a thousandth
-_CONTROL = bytes({*range(32)} - {*b'\t\n\v\f\r\x1a\x1b'})  # bytes that text files almost never contain
-# characters that most texts consist of
-_USUAL = re.compile('[\t\r\n -~\xa0-\u04ff\u2010-\u2040\u3000-\u303f\u3041-\u30ff\u4e00-\u9fff\uff00-\uff5e]')
-
-
-def encoding_problems(name):
-    """Return a list of error messages about the name of an encoding; empty if Python knows it."""
-    try:
-        ''.encode(name)
-    except (LookupError, ValueError):
-        return [f'encoding={name} is unknown; for Chinese text try gb18030']
-    return []
-
-
-def _encoding_advice(error, codec):
-    """Suggest what to do about bytes that do not decode as `codec`: a likely encoding, or "not text"."""
-    data = error.object
-    marks = {'utf-32': codecs.BOM_UTF32_LE, 'utf-16': (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)}
-    for name, mark in marks.items():
-        if data.startswith(mark) and codecs.lookup(codec).name != name:
-            return f'; its byte order mark says --encoding={name}'
-    if error.reason in ('unexpected end of data', 'incomplete multibyte sequence', 'truncated data'):
-        return ', where it ends within a character; is the file truncated?'
-    if name := _unmarked(data):
-        return f'; try --encoding={name}'
-    n_controls = len(data) - len(data.translate(None, _CONTROL))
-    if b'\0' in data or 100 * n_controls > len(data):
-        return ' and does not look like text; leave it out, or convert it to plain text'
-    before = data[:error.start].decode('utf-8', 'ignore')
-    # ten valid characters are no accident: text in another encoding rarely contains two that are valid UTF-8
-    if codecs.lookup(codec).name == 'utf-8' and sum(not char.isascii() for char in before) > 10:
-        return '; the text before it is UTF-8, so this byte is damaged: fix it there'
-    guesses = [f'--encoding={name} ({use})' for name, use in (('gb18030', 'Chinese'), ('cp1252', 'Western European'))
-               if name != codec and _begins_with(data, name)]
-    if guesses:
-        return f'; try {" or ".join(guesses)} and look at the preview, or save it as UTF-8'
-    return '; save it as UTF-8'
-
-
-def _begins_with(data, codec):
-    """True if `data` is the beginning of a text in `codec`."""
-    try:
-        codecs.getincrementaldecoder(codec)().decode(data)
-    except UnicodeDecodeError:
-        return False
-    return True
-
-
 def chunks(path, codec):
     """Yield the decoded text of a file; of an archive, all its texts one after the other. See decoded."""
     for label, stream, kind in containers.parts(path):
@@ -77,19 +28,21 @@ def decoded(label, stream, codec, kind=''):
         try:
             data = stream.read(CHUNK)
             if not done:
-                _check_codec(label, data, codec)
+                encodings.check(label, data, codec)
             done += len(data)
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
             at = done - len(error.object) + error.start
             raise UserError(f'{label} is not {codec.upper()} at byte {at:,} (0x{error.object[error.start]:02x})'
-                            f'{_encoding_advice(error, codec)}') from None
+                            f'{encodings.advice(error, codec)}') from None
+        except UnicodeError as error:  # of codecs such as idna
+            raise UserError(f'{label} is not {codec.upper()}: {error}') from None
         except containers.DAMAGE as error:
             if not kind:
                 raise
-            raise UserError(f'{label} is a damaged {kind} file: {error}') from None
+            raise containers.damage(label, f'{kind} file', error) from None
         if '\0' in text:
-            name = _unmarked(data)
+            name = encodings.unmarked(data)
             raise UserError(f'{label} holds NUL, which no text does; '
                             f'{f"try --encoding={name}" if name else "leave it out, or convert it to plain text"}')
         if done == len(data):
@@ -98,29 +51,6 @@ def decoded(label, stream, codec, kind=''):
             yield text
         if not data:
             return
-
-
-def _unmarked(data):
-    """Return the name of the two- or four-byte encoding that `data` is in without a byte order mark, '' if in none."""
-    data = data[:4096]
-    for name, size in (('utf-32-le', 4), ('utf-32-be', 4), ('utf-16-le', 2), ('utf-16-be', 2)):
-        text = data[:len(data) // size * size].decode(name, 'replace')
-        if text and len(_USUAL.findall(text)) > 0.9 * len(text):
-            return name
-    return ''
-
-
-def _check_codec(label, data, codec):
-    """Raise UserError if the beginning of a file is UTF-8 and another encoding was asked for, which would garble it."""
-    name = codecs.lookup(codec).name
-    if name.startswith('utf-8') or not data:
-        return
-    try:
-        text = codecs.getincrementaldecoder('utf-8')().decode(data)
-    except UnicodeDecodeError:
-        return
-    if name.startswith(('utf-16', 'utf-32')) and '\0' not in text or sum(not char.isascii() for char in text) > 10:
-        raise UserError(f'{label} is UTF-8, not {codec.upper()}; leave --encoding out')
 
 
 def _split_at(separator, stream):
@@ -202,7 +132,7 @@ def _parquet(path, keys, extract):
                     for record in batch.to_pylist():
                         yield from extract(record, path)
     except (pyarrow.ArrowException, UnicodeDecodeError, OSError, OverflowError) as error:
-        raise UserError(f'{path} is a damaged parquet file: {(str(error).splitlines() or [""])[0]}') from None
+        raise containers.damage(path, 'parquet file', error) from None
 
 
 def _check_group(path, group):

@@ -17,6 +17,11 @@ def parse_json(text):
         raise ValueError(str(error).split(':')[0]) from None
 
 
+def read_json(path):
+    """Return the value in a JSON file; OSError, or ValueError if it holds none. A byte order mark is no part of it."""
+    return parse_json(path.read_text(encoding='utf-8-sig'))
+
+
 KINDS = ('char', 'byte', 'gpt2', 'bpe')
 
 

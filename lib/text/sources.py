@@ -3,13 +3,14 @@
 The texts are in the public domain, but not part of this repository. One address after the other is tried, and a
 download is used only if its size and content are those of the text.
 """
-import json
 import re
 import sys
 from dataclasses import dataclass
 
 from configurator import UserError
-from lib.text.download import download
+from lib.machine.files import atomic_write
+from lib.text.download import download, own_file
+from lib.text.schema import parse_json
 
 # The repository of the WHY42 tutorial, whose prepare.py scripts read a text next to them
 TUTORIAL = [f'https://raw.githubusercontent.com/drriguz/nanoGPT/{branch}/data/NAME/input.txt'
@@ -65,33 +66,43 @@ class Text:
                         f'name your copy: python data/{self.name}/prepare.py --input=PATH')
 
     def _kept(self, path):
-        """Return the text of an earlier download, '' if there is none that is whole."""
+        """Return the text of an earlier download, '' if there is none.
+
+        UserError if it was changed: downloading it again would overwrite somebody's work.
+        """
         try:
             content = path.read_text(encoding='utf-8')
-        except (OSError, UnicodeDecodeError):
+            wrong = self.problem(content)
+        except FileNotFoundError:
             return ''
-        return '' if self.problem(content) else content
+        except UnicodeDecodeError as error:
+            wrong = str(error)
+        if wrong:
+            raise UserError(f'{path} is not {self.title} ({wrong}), remove it to download it again')
+        return content
 
     def _download(self, address, path):
         print(f'downloading {address}', file=sys.stderr)
-        download(address, path, tries=1)
+        raw = download(address, own_file(path.parent, address), tries=1)
         try:
-            content = path.read_text(encoding='utf-8-sig')
+            content = raw.read_text(encoding='utf-8-sig')
             if address == self.other:
                 content = self.extract(content)
             wrong = self.problem(content)
         except (ValueError, KeyError, TypeError) as error:  # not UTF-8, or not laid out as `extract` expects
             wrong = str(error)
+        finally:
+            raw.unlink()
         if wrong:
-            path.unlink()
             raise UserError(f'{address} is not {self.title}: {wrong}')
-        path.write_text(content, encoding='utf-8', newline='')
+        with atomic_write(path) as temporary:
+            temporary.write_text(content, encoding='utf-8', newline='')
         return content
 
 
 def three_character_lines(content):
     """Return the Three Character Classic from the JSON of github.com/chinese-poetry, one line per three characters."""
-    return '\n'.join(re.findall('[\u4e00-\u9fff]{3}', ''.join(json.loads(content)['paragraphs'])))
+    return '\n'.join(re.findall('[\u4e00-\u9fff]{3}', ''.join(parse_json(content)['paragraphs'])))
 
 
 def gutenberg(content):

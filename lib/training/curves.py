@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-from configurator import UserError, reason
+from configurator import UserError
+from lib.machine.console import reason
 from lib.training import log
 from lib.training.log import human_number
 

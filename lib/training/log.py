@@ -11,6 +11,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from lib.machine import console, files
+from lib.text.schema import parse_json
 
 NUMBERS = {'loss', 'lr', 'grad_norm', 'tok_s', 'mfu', 'minutes', 'tokens', 'train_loss', 'val_loss', 'train_bpb',
            'val_bpb', 'whole_train_loss', 'whole_val_loss', 'whole_val_bpb'}  # names in log.jsonl
@@ -134,35 +135,46 @@ def append_log(path, record):
 
 def read_log(path):
     """Return the records of a log.jsonl, without incomplete lines (from a killed run); [] if there is no such file."""
-    records = []
-    if Path(path).exists():
-        for line in Path(path).read_text(encoding='utf-8', errors='replace').splitlines():
-            try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
-                continue
-            if isinstance(record, dict) and all(_valid(name, value) for name, value in record.items()):
-                records.append(record)
-    return records
+    if not Path(path).exists():
+        return []
+    lines = Path(path).read_text(encoding='utf-8-sig', errors='replace').splitlines()
+    return [record for line in lines if (record := parse_record(line)) is not None]
+
+
+def parse_record(line):
+    """Return the record in a line of log.jsonl, None if it holds none that this program writes."""
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    fine = isinstance(record, dict) and all(_valid(name, value) for name, value in record.items())
+    return record if fine else None
 
 
 def _valid(name, value):
-    """Return whether a value of log.jsonl is of the kind that this program writes: a finite number or null."""
+    """Return whether a value of log.jsonl is of the kind that this program writes: a finite number or null, or text."""
     if name in ('iter', 'step'):
         return type(value) is int and 0 <= value < 2**53
+    if name in ('val_data', 'sample'):
+        return type(value) is str
     return name not in NUMBERS or value is None or type(value) in (int, float) and abs(value) < 1e300
 
 
 def trim_log(path, iter_num, evaluated):
-    """Remove what a resumed run will log again: updates from iter_num on, and evaluations after step `evaluated`."""
+    """Remove what a resumed run will log again: updates from iter_num on, and evaluations after step `evaluated`.
+
+    Lines that this program has not written stay, but for a last one that is cut off.
+    """
     try:
-        records = read_log(path)
+        lines = Path(path).read_text(encoding='utf-8-sig', errors='replace').split('\n') if Path(path).exists() else []
     except OSError as error:
         return warn(f'{path} cannot be read ({error.strerror}); a resumed run may be in it twice')
-    kept = [r for r in records if r.get('iter', -1) < iter_num and r.get('step', -1) <= evaluated]
+    records = [(line, parse_record(line) or {}) for line in lines[:-1]]
+    kept = [line for line, r in records if line.strip() and r.get('iter', -1) < iter_num
+            and r.get('step', -1) <= evaluated]
     try:
         with files.atomic_write(path) as temporary, open(temporary, 'w', encoding='utf-8') as f:
-            f.writelines(json.dumps(record) + '\n' for record in kept)
+            f.writelines(line + '\n' for line in kept)
     except OSError as error:
         return warn(f'could not shorten {path} ({error.strerror}); repeated updates will be in it twice')
 

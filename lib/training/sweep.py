@@ -8,6 +8,7 @@ import ctypes
 import hashlib
 import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -22,6 +23,7 @@ from lib.machine.cpus import usable_cpus
 from lib.machine.device import pick_device
 from lib.machine.files import atomic_write
 from lib.text import data_folder, dataset
+from lib.text.schema import read_json
 from lib.training import plan
 from lib.training.log import read_log
 
@@ -62,11 +64,12 @@ class Run:
             return 1.0
         record = (read_log(self.folder / 'log.jsonl') or [{}])[-1]
         if self.by_clock:
-            return min(1.0, record.get('minutes', 0.0) / self.settings['max_minutes'])
+            return min(1.0, (record.get('minutes') or 0.0) / self.settings['max_minutes'])
         return min(1.0, max(record.get('iter', 0), record.get('step', 0)) / max(1, self.settings['max_iters']))
 
     def evaluations(self):
-        return [record for record in read_log(self.folder / 'log.jsonl') if 'step' in record]
+        records = read_log(self.folder / 'log.jsonl')
+        return [record for record in records if 'step' in record and record.get('val_loss') is not None]
 
 
 def split_grid(argv, names):
@@ -100,7 +103,7 @@ def code_version():
 def _data_version(name):
     folder = data_folder.folder(name)
     meta = folder / 'meta.json'
-    return meta.read_text(encoding='utf-8') if meta.is_file() else str(sorted(
+    return meta.read_text(encoding='utf-8', errors='replace') if meta.is_file() else str(sorted(
         (path.name, path.stat().st_size) for path in folder.glob('*.bin')))
 
 
@@ -194,10 +197,24 @@ def _result(run, record):
 
 def load_result(run):
     """Take over the result of a run that an earlier sweep finished; returns whether there was one."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        stored = json.loads((run.folder / 'sweep.json').read_text(encoding='utf-8'))
-        run.row = stored['row'] if stored['hash'] == run.hash else {}
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        stored = read_json(run.folder / 'sweep.json')
+        if stored['hash'] == run.hash and row_problem(stored['row']) == '' and not stored['row']['error']:
+            run.row = stored['row']
     return bool(run.row)
+
+
+def row_problem(row):
+    """Return what is wrong with the measured columns of a run, numbers or texts of them, from a file; '' if nothing."""
+    for name in MEASURED[:-1] if not row['error'] else ():
+        try:
+            fine = name == 'val_bpb' and row[name] == '' or type(row[name]) is not bool and math.isfinite(
+                float(row[name]))
+        except (TypeError, ValueError, OverflowError):
+            fine = False
+        if not fine:
+            return f'{name} is {str(row[name])[:40]!r}, expected a number'
+    return ''
 
 
 # ---- all runs ----------------------------------------------------------------------------------------------------

@@ -5,9 +5,10 @@ import statistics
 from pathlib import Path
 
 from configurator import UserError
+from lib.machine.distributed import first_line
 from lib.machine.files import atomic_write
 from lib.training.log import human_number
-from lib.training.sweep import MEASURED
+from lib.training.sweep import MEASURED, row_problem
 
 # two-sided 95 % quantiles of Student's t by degrees of freedom; above 30 nearly the normal distribution's 1.96
 T95 = (math.inf, 12.71, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145,
@@ -25,11 +26,18 @@ def write_tsv(path, rows):
 
 def read_tsv(path):
     """Return the rows of a results.tsv as dicts of text; UserError if it is not one."""
-    with open(path, encoding='utf-8', newline='') as file:
-        rows = list(csv.DictReader(file, delimiter='\t'))
-    if rows and not set(MEASURED) <= rows[0].keys():
-        raise UserError(f'{path} is not a results.tsv of sweep.py: it lacks '
-                        f'{", ".join(sorted(set(MEASURED) - rows[0].keys()))}')
+    try:
+        with open(path, encoding='utf-8-sig', newline='') as file:
+            rows = list(csv.DictReader(file, delimiter='\t'))
+    except (csv.Error, ValueError) as error:  # ValueError: not UTF-8
+        raise UserError(f'{path} is not a results.tsv of sweep.py: {first_line(error)}') from None
+    for number, row in enumerate(rows, 2):
+        if lacking := set(MEASURED) - row.keys():
+            raise UserError(f'{path} is not a results.tsv of sweep.py: it lacks {", ".join(sorted(lacking))}')
+        if None in row or None in row.values():
+            raise UserError(f'{path}:{number}: expected {len(rows[0])} columns')
+        if problem := row_problem(row):
+            raise UserError(f'{path}:{number}: {problem}')
     return rows
 
 

@@ -2,7 +2,8 @@
 import html
 from pathlib import Path
 
-from configurator import reason
+from lib.machine import console
+from lib.machine.console import reason
 from lib.training.log import warn
 
 # wandb's limits for asking for a key, connecting, and sending the rest, in seconds; some have none by default
@@ -49,9 +50,10 @@ def open_wandb(settings, out_dir, run_id):
     import wandb
     known = getattr(wandb.Settings, 'model_fields', ())
     timeouts = {name: seconds for name, seconds in WANDB_TIMEOUTS.items() if name in known}
-    run = wandb.init(project=settings['wandb_project'], name=settings['wandb_run_name'], config=dict(settings),
-                     dir=str(out_dir), id=run_id or None, resume='allow' if run_id else None, allow_val_change=True,
-                     settings=wandb.Settings(**timeouts))
+    with console.as_is():
+        run = wandb.init(project=settings['wandb_project'], name=settings['wandb_run_name'], config=dict(settings),
+                         dir=str(out_dir), id=run_id or None, resume='allow' if run_id else None,
+                         allow_val_change=True, settings=wandb.Settings(**timeouts))
 
     def as_media(value):
         if isinstance(value, str):
@@ -61,7 +63,11 @@ def open_wandb(settings, out_dir, run_id):
     def log(record, step):
         run.log({name: as_media(value) for name, value in record.items()}, step=step)
 
-    return log, run.finish, run.id
+    def finish():
+        with console.as_is():
+            run.finish()
+
+    return log, finish, run.id
 
 
 def open_tensorboard(out_dir, step):

@@ -10,7 +10,7 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError, find_path
-from lib.text.schema import parse_json, spec_problem
+from lib.text.schema import parse_json, read_json, spec_problem
 from lib.weights import schema
 from lib.weights.archive import read_archive, strip_prefix
 from model import GPT, GPTConfig
@@ -37,7 +37,7 @@ class Source:
         """Return (path, parsed content) of a JSON file in the folder, or (path, None) if it does not exist."""
         path = self.folder / filename
         try:
-            return path, parse_json(path.read_text(encoding='utf-8'))
+            return path, read_json(path)
         except FileNotFoundError:
             return path, None
         except (ValueError, OSError) as error:
