@@ -69,10 +69,11 @@ class Judge:
         self.path, self.jobs, self.out = path, jobs, out
         self.noticed = out.with_suffix('.noticed')
 
-    def pytest_runtest_logreport(self, report):
-        if report.failed:
-            self.noticed.write_text(report.nodeid, encoding='utf-8')
-            os._exit(1)
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_makereport(self, item, call):
+        if call.excinfo and not isinstance(call.excinfo.value, pytest.skip.Exception):
+            self.noticed.write_text(item.nodeid, encoding='utf-8')
+            os._exit(1)  # without a report, which would take longer than most tests
 
     def pytest_runtestloop(self, session):
         items, best, path = {item.nodeid: item for item in session.items}, [], str(self.path)
