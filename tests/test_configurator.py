@@ -96,6 +96,12 @@ def test_all_mistakes_are_reported_and_the_status_is_2(capsys):
     assert namespace == DEFAULTS
 
 
+def test_settings_are_the_plain_values_whose_names_begin_with_a_letter(monkeypatch):
+    namespace = {'n': 1, '_n': 2, 'f': print, 'm': os}
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--n=5'])
+    assert configure(namespace) == {'n': 5} and namespace['n'] == 5
+
+
 def test_a_user_error_is_one_line_and_status_1():
     with pytest.raises(SystemExit) as end:
         raise UserError('out of luck')
@@ -122,7 +128,7 @@ def test_the_columns_of_help_line_up():
     assert (doc, empty, title) == ('What it does.', '', 'Settings (--name=value):')
     assert [line.split() for line in lines] == [['--x', 'int', '3', 'how', 'many'], ['--name', 'str', "'a'"]]
     assert [lines[0].index(word) for word in ('--x', 'int', '3', 'how')] == [2, 33, 39, 62]
-    assert describe('x = 3\n', {'x': 3}).split() == ['--x', 'int', '3']  # a script without a docstring
+    assert describe('# at the top\nx = 3\n', {'x': 3}).split() == ['--x', 'int', '3']  # a script without a docstring
     assert describe(script, {'x': 3}, 'Another text.').startswith('Another text.\n\nSettings')
 
 
@@ -210,10 +216,14 @@ def test_the_reason_of_an_error_has_at_most_200_characters(n, shown):
 
 
 def test_too_little_memory_is_reported_in_one_line(capsys):
-    for error in (MemoryError('x'), RuntimeError("can't allocate memory: 5 GB")):
+    class ArrayMemoryError(MemoryError):  # numpy has such a class
+        pass
+    for error in (ArrayMemoryError('x'), RuntimeError("can't allocate memory: 5 GB")):
         _print_exception(type(error), error, None)
-    assert capsys.readouterr().err == ("error: out of memory (MemoryError: x)\n"
+    assert capsys.readouterr().err == ("error: out of memory (ArrayMemoryError: x)\n"
                                        "error: out of memory (RuntimeError: can't allocate memory: 5 GB)\n")
+    _print_exception(Exception, Exception('something else'), None)
+    assert capsys.readouterr().err == 'Exception: something else\n'
 
 
 def test_values_are_not_checked_if_a_config_file_cannot_be_read(config, capsys):
