@@ -6,24 +6,29 @@
 
 A mutant that no test notices is printed with its line. docs/testing.md says how to read the result.
 
-Why not mutmut or cosmic-ray: mutmut 3 finds the function to mutate by its module's name, which is __main__ in the
-scripts that our tests run with runpy, and it changes no code outside functions; cosmic-ray starts a new process per
-mutant, in which importing torch and transformers takes longer than most tests. Here each mutant is a fork of a process
-that has imported them, in a copy of the repository.
+Each mutant is a fork of a process that has imported torch, in a copy of the repository, and runs the tests that execute
+the changed line, the fastest first, until one fails.
+
+Why not mutmut or cosmic-ray: mutmut 3.8 looks for a function under its module's name, which is __main__ in the scripts
+that our tests run with runpy, so it would change nothing in train.py, and it leaves out code outside functions, by its
+documentation. cosmic-ray 8.7 starts the test command as a new process for each mutant, and importing torch and
+transformers takes longer than most tests.
 """
 import ast
+import contextlib
 import copy
+import importlib
 import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from benchmarks.mutant_tests import Judge, Recorder
 from configurator import REPO, UserError, configure
 
 per_module = 0  # mutants per module, drawn at random; 0 = all
@@ -31,18 +36,19 @@ modules = ''  # comma-separated paths such as model.py,lib/generate.py; '' = all
 workers = 2  # processes at the same time
 seed = 0  # of the sample
 out = 'mutants.json'  # file for the results
+again = ''  # such a file: test only its survivors
 
-TESTS = {  # the test files that should notice, the fastest first
-    'model.py': ('model', 'generate', 'load_model'),
-    'kernels.py': ('kernels', 'model'),
-    'configurator.py': ('configurator', 'preflight'),
-    'train.py': ('train', 'guard', 'curves', 'log', 'evaluate', 'preflight', 'distributed'),
-    'lib/generate.py': ('generate', 'sampling_rules', 'sample'),
-    'lib/tasks.py': ('tasks', 'evaluate'),
-    'lib/text/dataset.py': ('dataset', 'masks', 'train'),
-    'lib/text/tokenizer.py': ('tokenizer', 'data_folder'),
-    'lib/training/optim.py': ('optim', 'train'),
-    'lib/weights/checkpoint.py': ('checkpoint', 'train'),
+TESTS = {  # the test files that should notice
+    'lib/tasks.py': ('tasks', 'evaluate', 'hostile'),
+    'lib/training/optim.py': ('optim', 'guard', 'hostile', 'train'),
+    'configurator.py': ('configurator', 'preflight', 'read_text', 'console'),
+    'lib/weights/checkpoint.py': ('checkpoint', 'load_model', 'preflight', 'hostile', 'guard', 'export', 'train'),
+    'lib/text/tokenizer.py': ('tokenizer', 'data_folder', 'hostile', 'arithmetic', 'dialogue', 'chat'),
+    'lib/generate.py': ('generate', 'sampling_rules', 'sample', 'evaluate', 'int8'),
+    'lib/text/dataset.py': ('dataset', 'masks', 'data_folder', 'fuzz', 'guard', 'evaluate', 'train'),
+    'train.py': ('train', 'guard', 'curves', 'log', 'evaluate', 'preflight', 'masks', 'distributed'),
+    'model.py': ('model', 'generate', 'load_model', 'gpt2', 'optim'),
+    'kernels.py': ('kernels', 'model', 'generate', 'optim'),
 }
 SWAPPED = {ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
            ast.Is: ast.IsNot, ast.IsNot: ast.Is, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Add: ast.Sub,
@@ -93,7 +99,7 @@ def variants(node):
             yield 'constant', changed(value=2 * node.value or 1.0)
         case ast.IfExp():
             yield 'branches', changed(body=node.orelse, orelse=node.body)
-        case ast.Call(func=ast.Name(id='isinstance' | 'getattr' | 'hasattr' | 'setattr')):
+        case ast.Call(func=ast.Name(id='isinstance' | 'getattr' | 'hasattr' | 'setattr' | 'min' | 'max')):
             return
         case ast.Call() if len(node.args) > 1 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
             yield 'swapped arguments', changed(args=[node.args[1], node.args[0], *node.args[2:]])
@@ -137,6 +143,26 @@ def mutants_of(path):
     return sorted((m for m in found if compiles(source, m)), key=lambda m: m.line)
 
 
+def statements(source):
+    """Return {line: lines of the statement it is in} for the lines inside functions.
+
+    For the head of a function, with its default values, these are the lines of its body.
+    """
+    spans = {}
+
+    def visit(node, inside):
+        function = isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+        if isinstance(node, ast.stmt) and (inside or function):
+            body = getattr(node, 'body', None)
+            head = range(node.lineno, body[0].lineno if body else node.end_lineno + 1)
+            lines = range(body[0].lineno, node.end_lineno + 1) if function else head
+            spans.update({n: set(lines) for n in head or (node.lineno,)})
+        for child in ast.iter_child_nodes(node):
+            visit(child, inside or function)
+    visit(ast.parse(source), False)
+    return spans
+
+
 def mutated(source, mutant):
     """Return the source with the mutant's line in place."""
     lines = source.splitlines(keepends=True)
@@ -152,59 +178,80 @@ def compiles(source, mutant):
         return False
 
 
-def start(tree, tests):
-    """Fork a process that runs the tests in a copy of the repository until one fails; return its id."""
+def fork(tree, name, plugin):
+    """Fork a process that gives a pytest plugin the tests of the module `name` in a copy of the repository.
+
+    Return its id; its exit status is pytest's, its output is in the file tree.log.
+    """
     pid = os.fork()
     if pid:
         return pid
     status = 3
     try:
-        os.setsid()
         log = os.open(tree.parent / f'{tree.name}.log', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(log, 1), os.dup2(log, 2)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0), os.dup2(log, 1), os.dup2(log, 2)
         os.chdir(tree)
+        os.environ['PYTHONPATH'] = str(tree)
         sys.path[:] = [str(tree)] + [p for p in sys.path if p not in ('', str(REPO))]
-        for name in [n for n in sys.modules if n.split('.')[0] in ('configurator', 'benchmarks', 'lib')]:
-            del sys.modules[name]
+        for module in [m for m in sys.modules if m.split('.')[0] in ('configurator', 'lib')]:
+            del sys.modules[module]
         import pytest
-        status = pytest.main(['-x', '-q', '-p', 'no:cacheprovider', '-p', 'no:xdist', *tests])
+        files = [f'tests/test_{room}.py' for room in TESTS[name]]
+        status = pytest.main(['-x', '-q', '-s', '-p', 'no:cacheprovider', f'--basetemp={tree}.tmp', *files],
+                             plugins=[plugin])
     finally:
         os._exit(int(status))
 
 
-def run_all(jobs, trees, report):
-    """Run jobs [(path, source or None, tests, seconds, tag), ...], one per tree at a time.
+def record(tree, name):
+    """Run the tests of a module once; return {id: [seconds, lines of the module that it executes]}.
 
-    report(tag, status, seconds) is called at the end of each: pytest's exit status, or -1 after a timeout.
+    Also imports what the tests have imported, apart from this repository, so that no mutant waits for it.
     """
-    free, running, jobs = list(trees), {}, list(jobs)
-    while jobs or running:
-        while jobs and free:
-            path, source, tests, limit, tag = jobs.pop(0)
-            tree = free.pop()
-            original = (tree / path).read_text(encoding='utf-8')
-            (tree / path).write_text(original if source is None else source, encoding='utf-8')
-            running[start(tree, tests)] = tree, path, original, time.monotonic(), limit, tag
-        time.sleep(0.02)
-        for pid, (tree, path, original, began, limit, tag) in list(running.items()):
-            ended, status = os.waitpid(pid, os.WNOHANG)
-            seconds = time.monotonic() - began
-            if not ended and seconds < limit:
-                continue
-            if not ended:
-                os.killpg(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            (tree / path).write_text(original, encoding='utf-8')
-            del running[pid]
-            free.append(tree)
-            report(tag, os.waitstatus_to_exitcode(status) if ended else -1, seconds)
+    log, out = tree.parent / 'lines', tree.parent / 'tests.json'
+    log.write_bytes(b'')
+    hook = f'from benchmarks.lines import trace\ntrace({str(tree / name)!r}, {str(log)!r})\n'
+    (tree / 'sitecustomize.py').write_text(hook, encoding='utf-8')
+    pid = fork(tree, name, Recorder(tree / name, log, out))
+    status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    (tree / 'sitecustomize.py').unlink()
+    if status:
+        text = (tree.parent / f'{tree.name}.log').read_text(encoding='utf-8', errors='replace')
+        raise UserError(f'the tests of {name} fail without any change\n{text[-3000:]}')
+    recorded = json.loads(out.read_text(encoding='utf-8'))
+    for module in recorded['modules']:
+        with contextlib.suppress(Exception):
+            importlib.import_module(module)
+    return recorded['tests']
+
+
+def tests_of(lines, recorded):
+    """Return {id: seconds} of the tests that execute one of the lines, the fastest first.
+
+    lines: None for a statement of the module itself, which runs at its import, before every test.
+    """
+    chosen = [(seconds, id) for id, (seconds, ran) in recorded.items() if lines is None or not lines.isdisjoint(ran)]
+    return {id: seconds for seconds, id in sorted(chosen)}
+
+
+def judge(jobs, trees, name):
+    """Return {number: verdict} of the jobs of Judge, shared among processes, one per tree."""
+    outs = [tree.parent / f'{tree.name}.verdicts' for tree in trees]
+    for out in outs:
+        out.write_text('', encoding='utf-8')
+    pids = [fork(tree, name, Judge(tree / name, jobs[i::len(trees)], outs[i])) for i, tree in enumerate(trees)]
+    for pid in pids:
+        os.waitpid(pid, 0)
+    lines = [line.split(' ', 1) for out in outs for line in out.read_text(encoding='utf-8').splitlines()]
+    return {int(number): verdict for number, verdict in lines}
 
 
 def copy_tree(target):
     """Copy what the tests need of the repository."""
     ignored = shutil.ignore_patterns('.git', '__pycache__', 'out*', '*.bin', '.ruff_cache', '.pytest_cache', 'mutants*')
     shutil.copytree(REPO, target, ignore=ignored)
-    shutil.copy(REPO / 'benchmarks/mutants.py', target / 'benchmarks')
+    for path in (REPO / 'benchmarks').glob('mutant*.py'):
+        shutil.copy(path, target / 'benchmarks')
     return target
 
 
@@ -213,41 +260,54 @@ def main():
     chosen = [name for name in modules.split(',') if name] or list(TESTS)
     if unknown := [name for name in chosen if name not in TESTS]:
         raise UserError(f'modules={unknown[0]}: expected some of {", ".join(TESTS)}')
-    os.environ.update(PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE')
-    sys.dont_write_bytecode = True
+    os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')
     import pytest  # noqa: F401  imported here, so that each fork has them
     import torch
-    import torch.utils.checkpoint  # noqa: F401
     import transformers  # noqa: F401
     torch.set_num_threads(1)  # no thread may run when a process forks
-    tests = {name: [f'tests/test_{room}.py' for room in TESTS[name]] for name in chosen}
+    earlier = json.loads(Path(again).read_text(encoding='utf-8')) if again else {}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
-        trees = [copy_tree(Path(folder) / f'tree{i}') for i in range(workers)]
-        baseline = {}
-        run_all([(name, None, tests[name], 3600, name) for name in chosen], trees,
-                lambda name, status, seconds: baseline.update({name: (status, seconds)}))
-        if failed := [name for name in chosen if baseline[name][0] != 0]:
-            logs = ''.join(log.read_text(encoding='utf-8', errors='replace')[-2000:]
-                           for log in Path(folder).glob('*.log'))
-            raise UserError(f'the tests of {", ".join(failed)} fail without any change\n{logs}')
+        trees = [copy_tree(Path(folder).resolve() / f'tree{i}') for i in range(workers)]
         for name in chosen:
-            found, source = mutants_of(REPO / name), (REPO / name).read_text(encoding='utf-8')
-            if 0 < per_module < len(found):
-                found = sorted(random.Random(f'{seed} {name}').sample(found, per_module), key=lambda m: m.line)
-            survivors, began = [], time.monotonic()
-
-            def report(mutant, status, seconds, survivors=survivors, name=name):
-                if status == 0:
-                    survivors.append(mutant)
-                    print(f'{name}:{mutant.line}: {mutant.kind}: {mutant.after.strip()}', flush=True)
-            run_all([(name, mutated(source, m), tests[name], 30 + 3 * baseline[name][1], m) for m in found], trees,
-                    report)
-            results[name] = {'mutants': len(found), 'caught': len(found) - len(survivors),
-                             'tests_s': baseline[name][1], 'minutes': (time.monotonic() - began) / 60,
-                             'survivors': [asdict(m) for m in sorted(survivors, key=lambda m: m.line)]}
+            results[name] = run_module(name, trees, earlier.get(name))
             Path(out).write_text(json.dumps(results, indent=1), encoding='utf-8')
     print_table(results)
+
+
+def run_module(name, trees, earlier):
+    """Test the mutants of one module; return the row of the table and the survivors.
+
+    earlier: None, or such a result, of which the survivors are tested again.
+    """
+    began, source = time.monotonic(), (REPO / name).read_text(encoding='utf-8')
+    found = mutants_of(REPO / name)
+    if earlier:
+        known = {(m['kind'], m['before'], m['after']) for m in earlier['survivors']}
+        found = [m for m in found if (m.kind, m.before, m.after) in known]
+    elif 0 < per_module < len(found):
+        found = sorted(random.Random(f'{seed} {name}').sample(found, per_module), key=lambda m: m.line)
+    os.environ.pop('PYTHONDONTWRITEBYTECODE', None)  # of the tests and of all unchanged modules, once
+    sys.dont_write_bytecode = False
+    recorded = record(trees[0], name)
+    for tree in trees[1:]:
+        shutil.copytree(trees[0], tree, dirs_exist_ok=True)
+    os.environ['PYTHONDONTWRITEBYTECODE'] = '1'
+    sys.dont_write_bytecode = True
+    spans = statements(source)
+    tests = [tests_of(spans.get(m.line), recorded) for m in found]
+    verdicts = judge([(i, mutated(source, m), tests[i]) for i, m in enumerate(found) if tests[i]], trees, name)
+    missing = [i for i in range(len(found)) if tests[i] and i not in verdicts]
+    if missing:
+        raise UserError(f'{name}: no verdict on {len(missing)} mutants, the first at line {found[missing[0]].line}')
+    unapplied = [m for i, m in enumerate(found) if verdicts.get(i) == 'unapplied']
+    survivors = [m for i, m in enumerate(found) if verdicts.get(i, 'passed') == 'passed']
+    for m in survivors:
+        print(f'{name}:{m.line}: {m.kind}: {m.after.strip()}', flush=True)
+    return {'mutants': len(found) - len(unapplied), 'caught': len(found) - len(unapplied) - len(survivors),
+            'late': [asdict(m) for i, m in enumerate(found) if verdicts.get(i) == 'late'],
+            'unapplied': [asdict(m) for m in unapplied], 'minutes': (time.monotonic() - began) / 60,
+            'survivors': [{**asdict(m), 'tests': len(tests[found.index(m)])} for m in survivors]}
 
 
 def print_table(results):

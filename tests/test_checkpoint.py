@@ -5,7 +5,9 @@ import pickle
 import random
 import re
 import resource
+import socket
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -41,6 +43,12 @@ def test_the_previous_file_stays_as_prev_and_ckpt_is_a_link(tmp_path):
         save(tmp_path / 'last.pt', state(i), keep_previous=True, link_as=tmp_path / 'ckpt.pt' if i == 1 else None)
     assert [load(tmp_path / n)['iter_num'] for n in ('last.pt', 'last.prev.pt', 'ckpt.pt')] == [2, 1, 1]
     assert os.path.samefile(tmp_path / 'last.prev.pt', tmp_path / 'ckpt.pt')
+
+
+def test_a_previous_file_is_kept_only_on_request(tmp_path):
+    for i in (1, 2):
+        save(tmp_path / 'last.pt', state(i))
+    assert [p.name for p in tmp_path.iterdir()] == ['last.pt']
 
 
 def test_without_hard_links_files_are_copied(tmp_path, monkeypatch):
@@ -84,6 +92,12 @@ def test_a_locked_folder_is_free_again_when_the_lock_is_closed(tmp_path):
     lock_out_dir(tmp_path / 'a' / 'b').close()
 
 
+def test_the_lock_names_its_newest_owner_only(tmp_path):
+    (tmp_path / '.lock').write_text('pid 123456789 on host of-an-earlier-run\n', encoding='utf-8')
+    lock_out_dir(tmp_path).close()
+    assert (tmp_path / '.lock').read_text(encoding='utf-8') == f'pid {os.getpid()} on host {socket.gethostname()}\n'
+
+
 def test_archived_runs_are_numbered_and_no_other_file_moves(tmp_path):
     for expected in ('old-1', 'old-2'):
         save(tmp_path / 'last.pt', state())
@@ -94,7 +108,9 @@ def test_archived_runs_are_numbered_and_no_other_file_moves(tmp_path):
 
 def test_a_platform_without_fcntl_saves_too(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, 'fcntl', None)
+    (tmp_path / 'last.pt.tmp.123').touch()  # another run may be writing it now
     lock_out_dir(tmp_path).close()
+    assert (tmp_path / 'last.pt.tmp.123').exists()
     save(tmp_path / 'last.pt', state(), keep_previous=True)
     assert find_latest(tmp_path)[1]['iter_num'] == 3
 
@@ -131,9 +147,10 @@ ONE = Runtime(torch.device('cpu'), torch.float32, False, '')
 @pytest.mark.parametrize('as_best', [True, False])
 def test_a_run_is_saved_as_last_and_where_it_is_best_as_ckpt(tmp_path, as_best):
     model, saved = model_and_state()
-    lines = []
-    assert save_run(ONE, tmp_path, saved, model, as_best=as_best, required=False, say=lines.append) is True
-    assert lines == [f'saving checkpoint to {tmp_path}']
+    lines, warnings = [], []
+    assert save_run(ONE, tmp_path, saved, model, as_best=as_best, required=False, say=lines.append,
+                    warn=warnings.append) is True
+    assert lines == [f'saving checkpoint to {tmp_path}'] and not warnings
     assert differences(load(tmp_path / 'last.pt'), saved) == []
     assert (tmp_path / 'ckpt.pt').exists() == as_best
     assert not as_best or os.path.samefile(tmp_path / 'ckpt.pt', tmp_path / 'last.pt')
@@ -145,6 +162,8 @@ def test_a_run_with_adapters_keeps_them_in_last_and_is_merged_in_ckpt(tmp_path):
     assert lora.rank_of(load(tmp_path / 'last.pt')['model']) == 2
     merged = load(tmp_path / 'ckpt.pt')['model']
     assert merged.keys() == model_and_state()[1]['model'].keys()
+    (tmp_path / 'ckpt.pt').unlink()
+    assert save_run(ONE, tmp_path, saved, model, as_best=False, required=True) and not (tmp_path / 'ckpt.pt').exists()
 
 
 def test_only_rank_0_writes(tmp_path):
@@ -428,6 +447,22 @@ def test_a_checkpoint_that_a_network_does_not_deliver_is_one_line(tmp_path, monk
         checkpoint.load(tmp_path / 'last.pt')
 
 
+@pytest.mark.parametrize('error', [OSError(errno.ENOSPC, 'full'), OSError(errno.EDQUOT, 'full'),
+                                   OSError(errno.EFBIG, 'full'), RuntimeError('unexpected pos 64')])
+def test_an_error_about_space_says_what_is_needed_and_free(tmp_path, monkeypatch, error):
+    # torch's zip writer reports a full disk as a RuntimeError
+    def expanded(n):
+        return torch.zeros(1, dtype=torch.float16).expand(n)  # needs no memory here
+    big = state(extra={'a': [expanded(2**28), (expanded(2**29),)], 'b': 5})
+    break_call(monkeypatch, torch, 'save', error)
+    monkeypatch.setattr(checkpoint.shutil, 'disk_usage', lambda path: SimpleNamespace(free=3 * 2**30))
+    with pytest.raises(UserError, match='it needs about 1.50 GiB, 3.00 GiB are free'):
+        save(tmp_path / 'last.pt', big)
+    break_call(monkeypatch, checkpoint.shutil, 'disk_usage', OSError(errno.EIO, 'Input/output error'))
+    with pytest.raises(UserError, match=f'it needs about 1.50 GiB, {tmp_path} cannot be read: Input/output error'):
+        save(tmp_path / 'last.pt', big)
+
+
 def test_an_error_that_is_not_about_space_says_nothing_about_space(tmp_path, monkeypatch):
     break_call(monkeypatch, os, 'replace', OSError(errno.ESTALE, 'Stale file handle'))
     with pytest.raises(UserError) as caught:
@@ -477,6 +512,17 @@ def test_weights_that_are_not_finite_are_not_written(tmp_path, value):
     with pytest.raises(UserError, match='the weights of iter 3 are not finite; they were not saved'):
         save_run(ONE, tmp_path, saved, model, as_best=True, required=True)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16, torch.float32])
+def test_large_weights_are_finite_also_where_their_sum_is_not(dtype):
+    model = model_and_state()[0].to(dtype)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.fill_(30_000)
+    assert not checkpoint.has_nan(model)
+    model.transformer.wte.weight.data[0, 0] = float('nan')
+    assert checkpoint.has_nan(model)
 
 
 def test_weights_that_are_not_finite_on_another_rank_are_not_written(tmp_path):

@@ -6,9 +6,22 @@ import sys
 
 import pytest
 
-from configurator import REPO, Origin, Settings, UserError, configure, describe, find_path, literals, resolve
+from configurator import (
+    REPO,
+    Origin,
+    Settings,
+    UserError,
+    _print_exception,
+    configure,
+    describe,
+    find_path,
+    literals,
+    reason,
+    resolve,
+)
 
-DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'dataset': 'owt', 'device': 'auto', 'start': ''}
+DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'sure': True, 'dataset': 'owt', 'device': 'auto',
+            'start': ''}
 
 
 @pytest.mark.parametrize('words, name, value', [
@@ -16,7 +29,8 @@ DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'dataset': '
     (['--batch-size=3'], 'batch_size', 3), (['--batch_size=1_000'], 'batch_size', 1000),
     (['--learning_rate=1'], 'learning_rate', 1.0), (['--learning_rate=1e-3'], 'learning_rate', 1e-3),
     (['--bias'], 'bias', True), (['--bias=true'], 'bias', True), (['--bias=1'], 'bias', True),
-    (['--bias=YES'], 'bias', True), (['--bias', 'no'], 'bias', False), (['--bias=False'], 'bias', False),
+    (['--bias=YES'], 'bias', True), (['--sure', 'no'], 'sure', False), (['--sure=False'], 'sure', False),
+    (['--sure=0'], 'sure', False), (['--sure'], 'sure', True), (['--bias', '--batch_size=5'], 'bias', True),
     (['--start=a=b=c'], 'start', 'a=b=c'), (['--start=42'], 'start', '42'), (['--start='], 'start', ''),
     (['--start=--x'], 'start', '--x'), (['--start', ' two words '], 'start', ' two words '),
     (['--batch_size=1', '--batch_size=2'], 'batch_size', 2),
@@ -83,6 +97,12 @@ def test_all_mistakes_are_reported_and_the_status_is_2(capsys):
     assert namespace == DEFAULTS
 
 
+def test_settings_are_the_plain_values_whose_names_begin_with_a_letter(monkeypatch):
+    namespace = {'n': 1, '_n': 2, 'f': print, 'm': os}
+    monkeypatch.setattr(sys, 'argv', ['train.py', '--n=5'])
+    assert configure(namespace) == {'n': 5} and namespace['n'] == 5
+
+
 def test_a_user_error_is_one_line_and_status_1():
     with pytest.raises(SystemExit) as end:
         raise UserError('out of luck')
@@ -101,6 +121,16 @@ def test_help_shows_only_the_block_of_defaults():
     script = '"""What it does."""\n\n# a group\nx = 3  # how many\n\ndef f():\n    y = 4  # no setting\n'
     text = describe(script, {'x': 3})
     assert 'What it does.' in text and 'how many' in text and 'a group' in text and 'no setting' not in text
+
+
+def test_the_columns_of_help_line_up():
+    script = '"""What it does."""\nx = 3  # how many\n# --- a rule\nname: str = "a"\n'
+    doc, empty, title, *lines = describe(script, {'x': 3, 'name': 'a'}).splitlines()
+    assert (doc, empty, title) == ('What it does.', '', 'Settings (--name=value):')
+    assert [line.split() for line in lines] == [['--x', 'int', '3', 'how', 'many'], ['--name', 'str', "'a'"]]
+    assert [lines[0].index(word) for word in ('--x', 'int', '3', 'how')] == [2, 33, 39, 62]
+    assert describe('# at the top\nx = 3\n', {'x': 3}).split() == ['--x', 'int', '3']  # a script without a docstring
+    assert describe(script, {'x': 3}, 'Another text.').startswith('Another text.\n\nSettings')
 
 
 def test_a_comment_on_a_line_by_itself_is_a_heading_in_help_only_between_settings():
@@ -150,6 +180,56 @@ def test_a_folder_given_as_a_config_file_is_reported_as_a_folder(tmp_path, monke
     (tmp_path / 'out-x').mkdir()
     assert resolve({'out_dir': 'out'}, ['out-x']).errors == [
         'out-x is a folder, not a config file; to name a run, use --out_dir=out-x']
+
+
+@pytest.mark.parametrize('words, others', [(['--zzz', '5'], []), (['--zzz', '--bias'], []), (['--zzz'], []),
+                                          (['--zzz=1', '5'], ['config file 5 not found']),
+                                          (['--zzz', 'no.py'], ['config file no.py not found'])])
+def test_the_value_of_an_unknown_setting_is_not_taken_for_a_config_file(words, others):
+    settings = resolve(DEFAULTS, words)
+    assert settings.errors == ['unknown setting --zzz; --help lists them all', *others]
+    assert settings['bias'] == ('--bias' in words)
+
+
+def test_a_config_file_may_have_imports_functions_and_private_names(config):
+    config('a.py', 'import math\ndef double(x):\n    return 2 * x\n_four = double(2)\nbatch_size = _four\n'
+                   'learning_rate = max(x / 8 for x in (_four, 1))\n')
+    settings = resolve(DEFAULTS, ['a.py'])
+    assert not settings.errors and (settings['batch_size'], settings['learning_rate']) == (4, 0.5)
+
+
+def test_a_similar_config_file_is_suggested(config):
+    assert resolve(DEFAULTS, ['train_shakespear_char.py']).errors == [
+        'config file train_shakespear_char.py not found; did you mean config/train_shakespeare_char.py?']
+
+
+@pytest.mark.parametrize('argv, files', [([], 'a'), (['x', 'y'], 'x\ny'),
+                                         (['--files=x', 'y', '--files', 'z'], 'x\nz\ny')])
+def test_words_that_are_not_flags_are_the_values_of_one_setting(argv, files):
+    settings = resolve({'files': 'a', 'n': 1}, argv, words='files')
+    assert not settings.errors and settings['files'] == files
+
+
+def test_a_setting_given_twice_has_its_last_value_only():
+    assert resolve({'files': 'a', 'n': 1}, ['--n=2', '--n=3', '--files=b', '--files=c'])['files'] == 'c'
+
+
+@pytest.mark.parametrize('n, shown', [(200, 'ValueError: ' + 'a ' * 99 + 'aa'),
+                                      (201, 'ValueError: ' + 'a ' * 98 + 'a ...')])
+def test_the_reason_of_an_error_has_at_most_200_characters(n, shown):
+    assert reason(ValueError('a ' * 99 + 'a' * (n - 198))) == shown
+    assert reason(UserError('two\nlines')) == 'two lines'
+
+
+def test_too_little_memory_is_reported_in_one_line(capsys):
+    class ArrayMemoryError(MemoryError):  # numpy has such a class
+        pass
+    for error in (ArrayMemoryError('x'), RuntimeError("can't allocate memory: 5 GB")):
+        _print_exception(type(error), error, None)
+    assert capsys.readouterr().err == ("error: out of memory (ArrayMemoryError: x)\n"
+                                       "error: out of memory (RuntimeError: can't allocate memory: 5 GB)\n")
+    _print_exception(Exception, Exception('something else'), None)
+    assert capsys.readouterr().err == 'Exception: something else\n'
 
 
 def test_values_are_not_checked_if_a_config_file_cannot_be_read(config, capsys):

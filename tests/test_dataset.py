@@ -9,8 +9,17 @@ from conftest import TINY, write_dataset
 from kit import Ranks, load
 
 from configurator import UserError
-from lib.text import data_folder
-from lib.text.dataset import Split, eval_starts, open_dataset, sliding_windows, split_batches, train_starts
+from lib.text import data_folder, dataset
+from lib.text.dataset import (
+    Dialogues,
+    Split,
+    eval_starts,
+    next_windows,
+    open_dataset,
+    sliding_windows,
+    split_batches,
+    train_starts,
+)
 
 
 def starts(seed=1, n_tokens=1000, block_size=8, first=0, count=100):
@@ -87,6 +96,29 @@ def test_a_shuffled_order_is_not_a_simple_stride():
     assert len(set(np.diff(order))) > 2000 and abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
 
 
+def test_the_order_is_the_same_in_every_version():
+    """A run that is resumed with a later version of the program must not read other samples."""
+    mixed = dataset._splitmix64(np.array([0x9e3779b97f4a7c15], dtype=np.uint64))
+    assert mixed.tolist() == [0xe220a8397b1dcdaf]  # the first number of splitmix64 with seed 0, as published
+    assert starts(count=8).tolist() == [41, 313, 785, 297, 441, 713, 1, 225]
+    assert starts(n_tokens=26, count=6).tolist() == [11, 3, 5, 13, 17, 9]  # epochs of 2
+    assert starts(first=120, count=8).tolist() == [113, 881, 473, 789, 949, 701, 149, 685]  # epochs are 123 long
+    where = Dialogues(np.arange(0, 1000, 10), np.arange(9, 1009, 10), np.ones(100), 0, 0, 0)
+    assert train_starts(1, 1000, 8, 98, 6, where).tolist() == [630, 690, 970, 380, 860, 170]  # epochs are 100 long
+
+
+@pytest.mark.parametrize('tokens_seen, fraction, expected', [
+    (0, 0.0, (0, 0, 2)), (0, 0.29, (0, 0, 2)), (0, 0.3, (0, 0, 4)), (0, 0.59, (0, 0, 4)), (0, 0.6, (0, 0, 8)),
+    (8, 0.3, (0, 2, 2)), (16, 0.3, (0, 4, 4)), (24, 0.9, (0, 6, 2)), (16, 0.9, (0, 4, 4)),  # a window that was begun
+    (32, 0.3, (4, 0, 4)), (72, 0.3, (8, 2, 2))])
+def test_contexts_of_a_quarter_and_of_half_the_window_come_first(tokens_seen, fraction, expected):
+    assert next_windows(tokens_seen, 4, 8, fraction, context_warmup=0.6) == expected
+
+
+def test_without_short_contexts_every_update_reads_whole_windows():
+    assert [next_windows(n * 32, 4, 8, n / 10) for n in range(4)] == [(n * 4, 0, 8) for n in range(4)]
+
+
 def test_targets_are_the_inputs_shifted_by_one(workdir):
     split = open_dataset('tiny', 8).train
     idx, targets = split.batch(np.array([0, 5]), 8)
@@ -116,6 +148,11 @@ def test_max_targets_reads_full_windows_spread_evenly_over_the_split():
     first = np.concatenate([idx[:, 0].numpy() for idx, _ in batches])
     assert first.tolist() == [0, 120, 240, 370, 490, 610, 740, 860, 990]  # 9 of the 100 windows
     assert all(idx.shape[1] == 10 for idx, _ in batches)
+
+
+def test_max_targets_below_a_window_reads_one_window():
+    (idx, targets), = split_batches(as_split(range(1001)), 10, 4, max_targets=5)
+    assert idx.tolist() == [list(range(10))]
 
 
 def test_max_targets_leaves_a_shorter_split_whole():
@@ -163,10 +200,10 @@ def test_an_invalid_token_in_a_mapped_file_is_reported_with_its_position(workdir
     monkeypatch.setattr(data_folder, 'IN_MEMORY', 0)  # map the file and do not scan it
     path = workdir / 'data' / 'tiny' / 'train.bin'
     ids = np.fromfile(path, '<u2')
-    ids[17] = 40
+    ids[17] = 16  # the smallest that is invalid
     ids.tofile(path)
     split = open_dataset('tiny', 8).train
-    with pytest.raises(UserError, match='train.bin contains token 40 at position 17, vocab_size is 16'):
+    with pytest.raises(UserError, match='train.bin contains token 16 at position 17, vocab_size is 16'):
         split.batch(np.array([0, 10]), 8)
     split.batch(np.array([0, 18]), 8)
 

@@ -1,5 +1,6 @@
 """lib/generate.py: exact distributions of the sampling rules, generation against forward(), and streamed text."""
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -120,6 +121,16 @@ def test_top_k_keeps_exactly_k_of_equal_logits():
     assert filter_top_k_top_p(torch.zeros(1, 5), 2, 1.0)[0].shape == (1, 2)
 
 
+@pytest.mark.parametrize('top_k', [0, 5, 10])
+def test_rules_that_are_off_neither_sort_nor_change_the_logits(top_k):
+    logits, ids = filter_top_k_top_p(TOY, top_k, 1.0)
+    assert logits is TOY and ids is None
+
+
+def test_top_p_keeps_no_token_more_than_its_sum_needs():
+    assert distribution(*filter_top_k_top_p(torch.zeros(1, 2), 0, 0.5), size=2) == [1, 0]
+
+
 def test_sampled_tokens_follow_the_distribution_of_all_rules_together():
     n, seen = 200_000, torch.tensor([[False, True, False, False, True]])
     ids = sample_next_token(TOY.repeat(n, 1), uniform(n), seen.repeat(n, 1),
@@ -140,6 +151,10 @@ def test_a_token_of_probability_zero_is_never_sampled():
 def test_the_uniform_number_selects_the_token_by_the_cumulative_probability(u, index):
     logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
     assert sample_index(logits, torch.tensor([u])).tolist() == [index]
+
+
+def test_a_number_that_rounds_to_one_selects_the_last_token():
+    assert sample_index(torch.zeros(1, 5), torch.tensor([1.0])).tolist() == [4]
 
 
 def test_uniform_numbers_are_uniform_and_independent_of_each_other():
@@ -217,6 +232,14 @@ def test_each_sample_slides_over_the_text_it_generated(recorded_logits):
             torch.testing.assert_close(row, want, atol=1e-4, rtol=0)
 
 
+def test_a_full_context_slides_to_its_newer_half(monkeypatch):
+    model, lengths = tiny(), []
+    forward = model.forward
+    monkeypatch.setattr(model, 'forward', lambda idx, **more: lengths.append(idx.size(1)) or forward(idx, **more))
+    ids_of(model, [1], 1, 14)
+    assert lengths == [1] * 8 + [4] + [1] * 4 + [4]
+
+
 def test_a_context_of_one_token_works():
     assert ids_of(tiny(block_size=1), [1, 2, 3], 2, 5).shape == (2, 5)
 
@@ -281,10 +304,13 @@ def test_weights_in_bfloat16_generate():
     assert ids_of(tiny().to(torch.bfloat16), [1], 2, 20).max() < 13
 
 
-def test_products_in_bfloat16_over_float32_weights_generate():
-    model = tiny()
+def test_products_in_bfloat16_over_float32_weights_generate_with_keys_in_float32(monkeypatch):
+    model, dtypes = tiny(), []
     model.set_compute_dtype(torch.bfloat16)
+    real = room.KVCache
+    monkeypatch.setattr(room, 'KVCache', lambda *args: dtypes.append(args[-1]) or real(*args))
     assert ids_of(model, [1], 2, 12).max() < 13
+    assert set(dtypes) == {torch.float32}  # faster on a CPU
 
 
 # Text
@@ -383,18 +409,32 @@ def test_nan_logits_are_an_error_with_a_remedy(rules):
         list(generate_text(model, ByteTokenizer(), [65], 2, 20, **rules))
 
 
-def test_cudnn_attention_is_off_for_samples_during_training_and_on_again_afterwards(monkeypatch):
-    from types import SimpleNamespace
+def test_the_sample_in_a_log_follows_its_rules_and_leaves_the_model_in_training():
+    model, tok = tiny(vocab_size=256, dropout=0.5).train(), ByteTokenizer()
+    data = SimpleNamespace(marks=None)
+    text = room.sample_text(model, tok, data, 0, 7, print)
+    assert model.training
+    pieces = generate_text(model.eval(), tok, [10], 1, 200, seed=7, temperature=0.8, top_k=200)
+    assert text == ''.join(piece for _, piece, _ in pieces) != ''
 
-    from lib import generate
+
+def test_a_model_without_a_sample_is_a_warning_in_training():
+    model, warnings = tiny(vocab_size=256).train(), []
+    with torch.no_grad():
+        model.transformer.ln_f.weight[3] = torch.nan
+    assert room.sample_text(model, ByteTokenizer(), SimpleNamespace(marks=None), 0, 1, warnings.append) == ''
+    assert len(warnings) == 1 and warnings[0].startswith('no sample: the model computes NaN') and model.training
+
+
+def test_cudnn_attention_is_off_for_samples_during_training_and_on_again_afterwards(monkeypatch):
     seen = []
-    monkeypatch.setattr(generate, 'generate_text', lambda *args, **more: seen.append(
+    monkeypatch.setattr(room, 'generate_text', lambda *args, **more: seen.append(
         torch.backends.cuda.cudnn_sdp_enabled()) or [])
     before = torch.backends.cuda.cudnn_sdp_enabled()
     torch.backends.cuda.enable_cudnn_sdp(True)
     try:
         tok, data = SimpleNamespace(start_ids=[0]), SimpleNamespace(marks=None)
-        generate.sample_text(torch.nn.Linear(1, 1), tok, data, 0, 1, print)
+        room.sample_text(torch.nn.Linear(1, 1), tok, data, 0, 1, print)
         assert seen == [False] and torch.backends.cuda.cudnn_sdp_enabled()
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)

@@ -304,9 +304,10 @@ def test_a_line_of_the_log_that_this_program_never_writes_is_left_out(tmp_path, 
 
 
 @pytest.mark.parametrize('row', [
-    {'ctx': None}, {'endings': []}, {'endings': 'ab'}, {'endings': ['a', '']}, {'endings': ['a', 5]}, {'label': 4},
-    {'label': 'x'}, {'label': None}, {'label': -1}, {'label': []}, {'label': 10**30}, {'text': None}, {'text': ''},
-    {'text': ' '}, {'text': 5}, {'text': ['a']}, {'text': 'a \ud800'}, []])
+    {'ctx': None}, {'ctx': 'a \ud800'}, {'endings': []}, {'endings': 'ab'}, {'endings': ['a', '']},
+    {'endings': ['a', 5]}, {'label': 2}, {'label': 'x'}, {'label': None}, {'label': -1}, {'label': []},
+    {'label': 10**30}, {'text': None}, {'text': ''}, {'text': ' '}, {'text': 5}, {'text': ['a']},
+    {'text': 'a \ud800'}, []])
 def test_a_row_of_a_task_with_a_wrong_value_is_named_with_its_line(tmp_path, row):
     task = 'lambada' if 'text' in row else 'hellaswag'
     good = {'hellaswag': {'ctx': 'a', 'endings': ['b', 'c'], 'label': '1'}, 'lambada': {'text': 'one two'}}[task]

@@ -15,7 +15,7 @@ def random(*shape, seed=1, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize('n_out', [1024, 1029])
+@pytest.mark.parametrize('n_out', [512, 517])  # 512 rows are the smallest matrix that is split
 @pytest.mark.parametrize('bias', [True, False])
 @pytest.mark.parametrize('n_rows, split', [(1, True), (64, True), (65, False)])
 def test_a_few_rows_times_a_large_matrix_use_every_thread(n_rows, split, bias, n_out, monkeypatch):
@@ -26,6 +26,11 @@ def test_a_few_rows_times_a_large_matrix_use_every_thread(n_rows, split, bias, n
         y = kernels.linear(x, weight, bias)
     assert bool(calls) == split
     torch.testing.assert_close(y, x @ weight.T + (0 if bias is None else bias), atol=1e-4, rtol=1e-5)
+
+
+def test_no_rows_times_a_large_matrix_are_no_rows():
+    with torch.no_grad():
+        assert kernels.linear(random(0, 256), random(1024, 256)).shape == (0, 1024)
 
 
 @pytest.mark.parametrize('function, plain', [
@@ -45,7 +50,7 @@ def test_norm_and_activation_have_the_formulas_values_and_gradients(function, pl
 
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
-@pytest.mark.parametrize('T, S', [(6, 6), (1, 6), (3, 6)])
+@pytest.mark.parametrize('T, S', [(6, 6), (2, 2), (1, 6), (2, 6), (3, 6)])
 def test_attention_is_the_softmax_formula(T, S, dtype, tolerance):
     q, k, v = random(2, 3, T, 8), random(2, 3, S, 8, seed=2), random(2, 3, S, 8, seed=3)
     scores = q @ k.mT / math.sqrt(8)
@@ -86,7 +91,9 @@ def test_rotation_has_the_values_and_gradients_of_its_formula():
     x = double(2, 5, 2, 4, 6, seed=1)
     first, second = x.chunk(2, -1)
     expected = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
-    torch.testing.assert_close(kernels.rotate(x, cos, sin), expected)
+    turned = kernels.rotate(x, cos, sin)
+    torch.testing.assert_close(turned, expected)
+    assert turned[:, :, 0].transpose(1, 2).is_contiguous()  # (B, nh, T, hs): attention need not copy it
     torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (x,))
 
 
@@ -107,6 +114,15 @@ def test_dropout_zeroes_the_fraction_p_and_keeps_the_mean(p):
     assert torch.equal(kernels.dropout(torch.ones(9), p, False), torch.ones(9))
     zero = (y == 0).float()
     assert abs(float((zero[:-1] * zero[1:]).mean()) - p * p) < 0.003  # neighbours are independent
+
+
+@pytest.mark.parametrize('p', [0.1, 0.5])
+def test_dropout_is_exact_over_all_random_numbers(p, monkeypatch):
+    numbers = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.int64)  # each 16-bit number once
+    monkeypatch.setattr(torch.Tensor, 'random_', lambda bits, *limits: bits.copy_(numbers))
+    y, zeros = kernels.dropout(torch.ones(2**16), p, True), round(p * 2**16)
+    assert (y == 0).sum() == zeros
+    torch.testing.assert_close(y.max(), torch.tensor(2**16 / (2**16 - zeros)), rtol=1e-7, atol=0)
 
 
 @pytest.mark.parametrize('cap', [0.0, 2.0])
@@ -133,6 +149,9 @@ class TestLossInChunks:
         monkeypatch.setattr(kernels, 'cross_entropy', lambda logits, *a: sizes.append(len(logits)) or real(logits, *a))
         self.case(dtype, cap, 5, monkeypatch)
         assert sizes == [5, 5, 5, 5, 3]
+        sizes.clear()
+        self.case(dtype, cap, 0.5, monkeypatch)  # less than a row
+        assert sizes == [1] * 23
 
     @pytest.mark.parametrize('grads', [(True, False), (False, True)])
     def test_frozen_parts_get_no_gradient_and_the_others_the_same(self, dtype, cap, grads, monkeypatch):

@@ -13,7 +13,7 @@ from kit import Ranks, differences, load, trained_part
 from configurator import REPO, UserError
 from lib.text import dialogue, read_text
 from lib.text import prepare as prepare_room
-from lib.text.dataset import eval_starts, open_dataset, split_batches, train_starts
+from lib.text.dataset import Dialogues, Split, eval_starts, open_dataset, split_batches, train_starts
 from lib.text.tokenizer import from_spec
 from model import GPT, GPTConfig
 
@@ -126,7 +126,8 @@ def test_the_result_does_not_depend_on_chunks_and_processes(prepare, monkeypatch
 def test_rows_without_an_answer_are_left_out_and_counted(prepare):
     folder = prepare([*rows(), {'messages': [{'role': 'user', 'content': 'hello?'}]}, {'messages': []}])
     assert '2 rows without an answer were left out' in prepare.err
-    assert 'hello' not in contents(folder)[0].chars or 'hello?' not in contents(folder)[0].decode(contents(folder)[1])
+    tok, ids, _ = contents(folder)
+    assert 'qqqqq0' in tok.decode(ids) and 'hello' not in tok.decode(ids)
 
 
 def test_a_text_key_comes_first(prepare):
@@ -280,6 +281,33 @@ def test_a_dialogue_whose_answers_do_not_fit_has_no_window(prepare):
     assert (len(found.starts), found.n_unused) == (24, 12)
     with pytest.raises(UserError, match=r'no dialogue in .*train.bin has an answer within block_size=4'):
         open_dataset('rows', 4)
+
+
+def test_how_full_the_windows_are_is_counted():
+    where = Dialogues(np.array([0, 11]), np.array([10, 41]), np.array([3, 4]), 0, 0, 0)
+    split = Split(None, np.arange(42), 0, '', 42, np.ones(42, np.uint8), where)
+    assert split.epoch_tokens(20) == 40  # two windows
+    assert split.describe(20) == 'dialogues: 2, one per window of 20 tokens, which are 75% full'  # (10 + 20) / 40
+    where.n_cut, where.n_unused, where.n_lost = 1, 2, 5
+    assert split.describe(20).endswith('; 1 are longer and are cut there, 2 more have no answer there: 5 of 42 targets '
+                                       'are not read')
+
+
+def test_a_prompt_is_a_dialogue_up_to_its_first_answer(data):
+    tok, _, _ = contents(data.train.path.parent)
+    want = f'be kind\n\nQ:\n{rows()[0]["messages"][1]["content"]}\n\nA:\n'
+    assert tok.decode(data.val.prompt(0)).startswith('Q:\n') and tok.decode(data.val.prompt(0)).endswith('\n\nA:\n')
+    assert tok.decode(data.train.prompt(0)) == want == tok.decode(data.train.prompt(54))
+    assert data.train.prompt(1) == data.train.prompt(55) != data.train.prompt(0)
+
+
+@pytest.mark.parametrize('most, n', [(128 * 3, 3), (5, 1), (128 * 1000, 54)])
+def test_max_targets_reads_dialogues_spread_evenly(prepare, most, n):
+    prepare(rows())
+    split = open_dataset('rows', 128).train
+    read = [tuple(row) for idx, _ in split_batches(split, 128, 2, max_targets=most) for row in idx.tolist()]
+    ids = split.batch(split.dialogues.starts, 128)[0].tolist()
+    assert len(read) == n and read[0] == tuple(ids[0]) and read[-1] == tuple(ids[-1 if n > 1 else 0])
 
 
 @pytest.mark.parametrize('world_size', [1, 2, 3])

@@ -105,6 +105,19 @@ def test_generation_passes_contiguous_queries_to_attention(monkeypatch):
     assert seen == [True] * 4
 
 
+def test_layer_norm_adds_1e_5_to_the_variance():
+    norm, x = model.make_norm(GPTConfig(n_embd=4, n_head=1)), torch.tensor([[0.001, -0.002, 0.003, 0.004]])
+    centred = x - x.mean()
+    torch.testing.assert_close(norm(x).detach(), centred / (centred.square().mean() + 1e-5).sqrt())
+
+
+@pytest.mark.parametrize('n_embd, hidden', [(16, 48), (48, 128), (768, 2048)])
+def test_the_hidden_size_of_swiglu_is_eight_thirds_rounded_up_to_a_multiple_of_8(n_embd, hidden):
+    with torch.device('meta'):
+        mlp = model.SwiGLU(GPTConfig(n_embd=n_embd, n_head=1))
+    assert mlp.c_fc.weight.shape == (2 * hidden, n_embd) and mlp.c_proj.weight.shape == (n_embd, hidden)
+
+
 def test_rotation_keeps_norms_and_depends_on_the_distance_only():
     rope, x = model.precompute_rope(12, 8), torch.randn(2, 8)
     turned = model.apply_rotary_emb(x[:, None, None, None].expand(2, 12, 1, 1, 8), rope)[:, :, 0, 0]  # (2, 12, 8)
@@ -183,6 +196,17 @@ def test_checkpointed_activations_change_no_gradient(options):
         net(idx, idx)[1].backward()
         found.append({name: grad.clone() for name, grad in gradients(net).items()})
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
+
+
+def test_activations_are_recomputed_only_in_training_and_on_request(monkeypatch):
+    calls, real = [], torch.utils.checkpoint.checkpoint
+    monkeypatch.setattr(torch.utils.checkpoint, 'checkpoint', lambda *a, **k: calls.append(1) or real(*a, **k))
+    net, counts = make(), []
+    for on, training in ((False, True), (True, False), (True, True)):
+        net.checkpoint_activations = on
+        net.train(training)(tokens(), tokens())
+        counts.append(len(calls))
+    assert counts == [0, 0, 2]
 
 
 def test_dropout_acts_in_training_only():
@@ -265,6 +289,11 @@ def test_flops_per_token_follow_the_formula():
     assert net.flops_per_token(4) == 6 * n + 12 * 2 * 16 * 4
 
 
+def test_a_model_without_position_embeddings_counts_all_parameters():
+    net = make(pos='rope')
+    assert net.get_num_params() == net.get_num_params(non_embedding=False) == sum(p.numel() for p in net.parameters())
+
+
 def test_an_untied_embedding_multiplies_nothing():
     tied, untied = make(bias=False), make(bias=False, tie_weights=False)
     assert untied.get_num_params() == tied.get_num_params() + 20 * 16
@@ -291,7 +320,8 @@ def test_model_args_are_nanogpts_seven_and_only_options_that_differ():
 
 @pytest.mark.parametrize('wrong, message', [
     (dict(n_embd=8, n_head=3), "n_embd=8 is not divisible by n_head=3"),
-    (dict(n_layer=0), "n_layer must be at least 1"),
+    (dict(n_layer=0), "n_layer must be at least 1"), (dict(n_head=0), '^n_head must be at least 1, got 0$'),
+    (dict(n_head=0, pos='rope'), '^n_head must be at least 1, got 0$'),
     (dict(dropout=1.0), 'dropout must be'), (dict(dropout=-0.1), 'dropout must be'),
     (dict(mlp='glu'), 'mlp must be one of'), (dict(softcap=-1.0), 'softcap'),
     (dict(pos='rope', n_embd=6, n_head=2), 'must be even')])

@@ -77,6 +77,17 @@ def test_orthogonalizing_keeps_directions_and_evens_out_their_sizes(shape):
     assert (out - u @ vh).norm() / (u @ vh).norm() < 0.35
 
 
+@pytest.mark.parametrize('shape', [(2, 8, 32), (2, 32, 8)])
+def test_newton_schulz_applies_jordans_polynomial_to_the_singular_values(shape):
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 10
+    u, sizes, vh = torch.linalg.svd(g, full_matrices=False)
+    sizes = sizes / sizes.norm(dim=-1, keepdim=True)
+    for _ in range(5):
+        sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
+    torch.testing.assert_close(newton_schulz(g).float(), u * sizes[:, None] @ vh, rtol=0, atol=0.03)
+    assert newton_schulz(0 * g).count_nonzero() == 0
+
+
 def test_without_momentum_muon_takes_the_newest_gradient_alone():
     net = tiny()
     groups = net.param_groups(0.0, muon=True)
@@ -175,8 +186,9 @@ def test_a_deeper_model_takes_no_more_operations_per_update_of_muon():
 
 
 @pytest.mark.parametrize('max_norm', [0.5, 100.0, float('inf')])
-def test_clipping_gives_the_norm_and_the_gradients_of_torchs(max_norm):
-    net, other = tiny(), tiny()
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64])  # float64 is left to torch
+def test_clipping_gives_the_norm_and_the_gradients_of_torchs(max_norm, dtype):
+    net, other = tiny().to(dtype), tiny().to(dtype)
     for p, q in zip(net.parameters(), other.parameters()):
         p.grad = torch.randn_like(p)
         q.grad = p.grad.clone()

@@ -46,6 +46,11 @@ def test_an_ngram_of_one_forbids_every_token_that_occurred():
         [True, False, True, False]]
 
 
+def test_a_text_as_long_as_the_ngram_is_looked_at():
+    assert forbid_repeated_ngrams(torch.zeros(1, 3), torch.tensor([[1, 1]]), 2).isinf().tolist() == [
+        [False, True, False]]
+
+
 def test_a_text_shorter_than_the_ngram_forbids_nothing():
     assert not forbid_repeated_ngrams(torch.zeros(1, 4), torch.tensor([[2, 2]]), 3).isinf().any()
 

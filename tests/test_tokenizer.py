@@ -4,6 +4,7 @@ import random
 import re
 import sys
 
+import numpy as np
 import pytest
 import torch
 from textkit import have_gpt2, skip_without_gpt2
@@ -106,7 +107,11 @@ def test_an_unknown_kind_is_refused():
     ('a 。', '\u3000', r"it has ' ' \(U\+0020\)$"),
     ('a\u3000', ' ', r"it has '\u3000' \(U\+3000\)$"),
     ('abc', '\x07', r'^character U\+0007 is not'),
+    ('！', '!', r"it has '！' \(U\+FF01\)$"), ('～', '~', r"it has '～' \(U\+FF5E\)$"),
+    ('.', '。', r"it has '.' \(U\+002E\)$"),
     ('hijk', 'ĳ', r'4-character vocabulary$'),  # NFKC makes two characters of it
+    ('e\u0301', 'é', r"2-character vocabulary; the text writes it as 'e' \+ '\\u0301'$"),
+    ('e', 'é', r'1-character vocabulary$'),
 ])
 def test_an_unknown_character_is_reported_with_a_similar_one_that_is_known(chars, text, message):
     with pytest.raises(ValueError) as caught:
@@ -117,6 +122,10 @@ def test_an_unknown_character_is_reported_with_a_similar_one_that_is_known(chars
 @pytest.mark.parametrize('chars, start', [('\nab', [0]), ('ab\n', [2]), ('ab', [0])])
 def test_characters_begin_with_a_newline_or_the_first_id(chars, start):
     assert CharTokenizer(chars).start_ids == start
+
+
+def test_bytes_are_256_and_begin_with_a_newline():
+    assert ByteTokenizer().vocab_size == 256 and ByteTokenizer().start_ids == [ord('\n')]
 
 
 def test_bpe_begins_with_end_of_text():
@@ -135,6 +144,8 @@ def test_65536_ids_fit_uint16_and_more_need_uint32(n_chars, dtype):
     ({'kind': 'bpe', 'tokens': ['a']}, {'kind': 'bpe', 'tokens': ['b']}, 'both have a BPE, but not the same one'),
     ({'kind': 'char', 'chars': 'abcdef'}, {'kind': 'char', 'chars': 'ab'},
      "it has characters that the model was not trained on ('c', 'd', 'e' and 1 more)"),
+    ({'kind': 'char', 'chars': 'abcde'}, {'kind': 'char', 'chars': 'ab'},
+     "it has characters that the model was not trained on ('c', 'd', 'e')"),
     ({'kind': 'char', 'chars': 'ab'}, {'kind': 'char', 'chars': 'abc'},
      'it has 2 different characters, the model 3, so their ids differ')])
 def test_a_mismatch_of_two_tokenizers_is_described(data, model, reason):
@@ -163,6 +174,12 @@ def merger(request):
         return tokenizer.gpt2()
     rng = random.Random(0)
     return train_bpe([rng.choice(NASTY) * rng.randrange(1, 5) + rng.choice(NASTY) for _ in range(20_000)], 600)
+
+
+def test_white_space_is_that_of_unicode():
+    """Python counts four separators as white space, U+001C to U+001F, that Unicode and regular expressions do not."""
+    spaces = {code for code in range(sys.maxunicode + 1) if chr(code).isspace()} - set(range(0x1c, 0x20))
+    assert len(tokenizer.WHITE) == sys.maxunicode + 1 and set(np.flatnonzero(tokenizer.WHITE)) == spaces
 
 
 def test_splitting_at_any_safe_place_changes_no_id(merger):
@@ -197,6 +214,7 @@ def test_a_text_without_a_safe_place_is_not_split():
 def test_the_first_safe_place_at_or_after_the_start_is_found():
     bpe = train_bpe(['a'], 257)
     assert [bpe.safe_split('one two three', start) for start in (3, 4, 7, 8)] == [3, 7, 7, -1]
+    assert [bpe.safe_split('a b', start) for start in (0, 1, 2)] == [1, 1, -1]
 
 
 def test_characters_and_bytes_may_be_split_anywhere():
@@ -209,6 +227,12 @@ def test_a_trained_bpe_has_the_requested_size_and_shortens_the_text():
     text = 'the quick brown fox jumps over the lazy dog and the cat sat on the mat\n' * 20
     bpe = train_bpe([text], 290)
     assert bpe.vocab_size == 290 and len(bpe.encode(text)) < len(text) / 2
+
+
+def test_no_token_reaches_over_a_word_and_no_space_is_added_before_a_text():
+    assert train_bpe(['ab'] * 50, 300).spec['tokens'][256:] == ['ab']
+    learned = train_bpe(['ab cd ' * 50], 300).spec['tokens'][256:]
+    assert ' cd' in learned and not any(' ' in token[1:] for token in learned)
 
 
 def test_training_is_deterministic():
