@@ -34,8 +34,6 @@ CONFLICTS = (
      'dtype=float16 needs gradient scaling, which is available on CUDA only; use bfloat16 or float32'),
     (lambda s: s['eval_only'] and s['init_from'] in ('scratch', 'auto'),
      'eval_only needs a model: --init_from=resume or gpt2*'),
-    (lambda s: s['parallel'] == 'fsdp' and s['optimizer'] == 'muon',
-     'optimizer=muon needs whole matrices, which parallel=fsdp shards; use adamw, or ddp'),
     (lambda s: s['parallel'] == 'fsdp' and _dtype(s) == 'float16',
      'parallel=fsdp supports bfloat16 and float32, not float16'),
     (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
