@@ -12,7 +12,7 @@ import time
 import pytest
 import torch
 from conftest import TINY
-from kit import REPO, Ranks, differences, load, trained_part
+from kit import REPO, Ranks, differences, free_port, load, trained_part
 
 from configurator import Settings, UserError
 from lib.machine import distributed, runtime
@@ -153,6 +153,40 @@ def test_under_fsdp_a_rank_holds_half_of_the_model(trained, parallel, fraction):
              if line.startswith('parameters here')]
     here, total = [int(words[2]) for words in lines], int(lines[0][4])
     assert sum(here) == 2 * fraction * total and max(here) < 1.1 * fraction * total
+
+
+GATHER = """
+import sys, weakref, torch, torch.distributed as dist
+from types import SimpleNamespace
+from torch.distributed.tensor import DTensor
+from lib.machine import distributed
+from model import GPT, GPTConfig
+dist.init_process_group('gloo', world_size=2, rank=rank, init_method=f'tcp://127.0.0.1:{sys.argv[1]}')
+net = GPT(GPTConfig(8, 16, 2, 1, 4))
+net = distributed.shard_or_move(net, SimpleNamespace(world_size=2, device=torch.device('cpu')), 'fsdp')
+real, whole, most = DTensor.full_tensor, set(), 0
+def full_tensor(self):
+    global most
+    tensor = real(self)
+    whole.add(key := tensor.untyped_storage()._cdata)
+    most = max(most, len(whole))
+    weakref.finalize(tensor.untyped_storage(), whole.discard, key)
+    return tensor
+DTensor.full_tensor = full_tensor
+state = distributed.full_state_dict(net, keep=rank == 0)
+tied = state['lm_head.weight'] is state['transformer.wte.weight']
+print(most, len(list(net.parameters())), len(state), sum(t is not None for t in state.values()), tied)
+dist.destroy_process_group()
+sys.exit()
+"""
+
+
+def test_saving_under_fsdp_gives_rank_0_each_tensor_once_and_the_others_one_at_a_time(workdir):
+    outcomes = Ranks(2, 'train.py', free_port(), cwd=workdir, hook=GATHER).wait()
+    assert [(status, err) for status, _, err in outcomes] == [(0, '')] * 2
+    (most, n_params, n_names, kept, tied), others = (out.split() for _, out, _ in outcomes)
+    assert most == n_params and kept == n_names and tied == 'True'  # the head is the embedding
+    assert others[0] == '1' and others[3] == '0'
 
 
 @pytest.mark.parametrize('path', [('one', 'fsdp', 'ddp', 'one'), ('one', 'ddp', 'fsdp', 'one')])

@@ -73,6 +73,18 @@ def test_dropout_can_be_overridden():
 
 # Errors
 
+@pytest.mark.parametrize('tie_weights', [True, False])
+def test_a_model_can_take_the_tensors_of_its_checkpoint_without_a_copy(tie_weights):
+    saved = random_model(tie_weights=tie_weights)
+    state = {'model': saved.state_dict(), 'model_args': saved.config.model_args()}
+    model = model_from_checkpoint(state, 'ckpt.pt', assign=True)
+    assert all(p.data_ptr() == state['model'][name].data_ptr() for name, p in model.named_parameters())
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tie_weights
+    assert all(p.requires_grad for p in model.parameters())
+    half = model_from_checkpoint(state, 'ckpt.pt', dtype=torch.float16, assign=True)
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+
+
 def refusal(*args):
     with pytest.raises(UserError) as caught:
         load_model(*args)

@@ -188,9 +188,16 @@ def full_tensor(tensor):
 def full_state_dict(value, keep=True):
     """Return `value` with every tensor that FSDP has sharded gathered on the CPU. Every rank must call it.
 
-    value: a tensor, or dicts and lists of tensors, as in a state_dict. keep: False on ranks that only take part in the
-    gathering; they get None in place of those tensors.
+    value: a tensor, or dicts and lists of tensors, as in a state_dict; or a model, whose tied weights are gathered
+    once. keep: False on ranks that only take part in the gathering; they have one whole tensor at a time, and get None
+    in place of those tensors.
     """
+    if isinstance(value, torch.nn.Module):
+        state, first = value.state_dict(), {}
+        same = {name: first.setdefault(id(p), name) for name, p in value.named_parameters(remove_duplicate=False)
+                if hasattr(p, 'full_tensor')}
+        full = full_state_dict({name: t for name, t in state.items() if same.get(name, name) == name}, keep)
+        return {name: full[same.get(name, name)] for name in state}
     if isinstance(value, dict):
         return {key: full_state_dict(inner, keep) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

@@ -167,9 +167,9 @@ def _find_checkpoint(s):
     if s['eval_only']:
         path = f'{s["out_dir"]}/ckpt.pt'
         return path, checkpoint.load(path)
-    # every rank reads the whole file: mapped, they have it in memory once; what they keep is copied to their GPUs
-    several = distributed.rank_and_world()[1] > 1
-    return checkpoint.find_latest(s['out_dir'], mmap=several and s['device'].startswith('cuda'))
+    # every rank reads the whole file: mapped, they have it in memory once; what they keep is copied
+    mapped = distributed.rank_and_world()[1] > 1 and (s['device'].startswith('cuda') or s['parallel'] == 'fsdp')
+    return checkpoint.find_latest(s['out_dir'], mmap=mapped)
 
 
 def _nothing_to_resume(s):
