@@ -163,7 +163,7 @@ from lib.machine import distributed
 from model import GPT, GPTConfig
 dist.init_process_group('gloo', world_size=2, rank=rank, init_method=f'tcp://127.0.0.1:{sys.argv[1]}')
 net = GPT(GPTConfig(8, 16, 2, 1, 4))
-net = distributed.shard_or_move(net, SimpleNamespace(world_size=2, device=torch.device('cpu')), 'fsdp')
+net = distributed.shard_or_move(net, SimpleNamespace(world_size=2, device=torch.device('cpu'), dtype=None), 'fsdp')
 real, whole, most = DTensor.full_tensor, set(), 0
 def full_tensor(self):
     global most
@@ -409,6 +409,48 @@ def test_fsdp_reduces_gradients_once_per_update_whatever_the_number_of_micro_bat
     outcomes = Ranks(2, 'train.py', *FLAGS, *flags, cwd=workdir, hook=COUNT).wait()
     assert [status for status, *_ in outcomes] == [0, 0], outcomes
     assert json.loads((workdir / 'counts0').read_text(encoding='utf-8'))['foreach_reduce'] == 3 * 3  # 2 blocks, rest
+
+
+HALF = """
+import sys, torch, torch.distributed as dist
+from types import SimpleNamespace
+import torch.distributed.fsdp._fully_shard._fsdp_param_group as group
+from lib.machine import distributed
+from model import GPT, GPTConfig
+dist.init_process_group('gloo', world_size=2, rank=rank, init_method=f'tcp://127.0.0.1:{sys.argv[1]}')
+gather, dtypes = group.foreach_all_gather, set()
+def counted(params, *args):
+    dtypes.update(tensor.dtype for p in params for tensor in p.all_gather_inputs)
+    return gather(params, *args)
+group.foreach_all_gather = counted
+def gradients(norm, dtype):
+    dtypes.clear()
+    torch.manual_seed(1)
+    net = GPT(GPTConfig(8, 16, 2, 1, 8, bias=True, norm=norm))
+    torch.nn.init.normal_(net.transformer.h[0].mlp.c_proj.weight)
+    net.set_compute_dtype(torch.bfloat16)
+    rt = SimpleNamespace(world_size=2, device=torch.device('cpu'), dtype=dtype)
+    net = distributed.shard_or_move(net, rt, 'fsdp')
+    for last in (False, False, True):
+        distributed.set_grad_sync(net, last)
+        idx = torch.randint(16, (4, 8))
+        net(idx, idx)[1].backward()
+    return [distributed.full_tensor(p.grad) for p in net.parameters()], sorted(map(str, dtypes))
+half, with_half = gradients('rmsnorm', torch.bfloat16)
+full, with_full = gradients('rmsnorm', torch.float32)
+print(all(map(torch.equal, half, full)), {p.dtype for p in half}, with_half, with_full,
+      gradients('layernorm', torch.bfloat16)[1])
+dist.destroy_process_group()
+sys.exit()
+"""
+
+
+def test_fsdp_sends_matrices_in_bfloat16_and_the_gradients_are_those_of_float32(workdir):
+    outcomes = Ranks(2, 'train.py', free_port(), cwd=workdir, hook=HALF).wait()
+    assert [(status, err) for status, _, err in outcomes] == [(0, '')] * 2
+    # the embedding is float32; so is a layer whose norms have weights
+    assert outcomes[0][1] == ("True {torch.float32} ['torch.bfloat16', 'torch.float32'] ['torch.float32'] "
+                              "['torch.float32']\n")
 
 
 def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():

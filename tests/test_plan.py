@@ -261,8 +261,9 @@ def test_a_probe_leaves_weights_gradients_and_random_numbers_as_they_were():
 def test_the_model_that_is_timed_is_compiled_by_a_step_that_gives_its_loss(monkeypatch):
     steps = []
     monkeypatch.setattr(trial, 'compile_or_fall_back', lambda model, rt, explicit, step: steps.append(step) or model)
-    timing = trial.time_run(job(GPTConfig(8, 16, 1, 1, 8)), Runtime(torch.device('cpu'), torch.float32, False, ''), 0.01)
-    assert timing.updates[8] > 0 and float(steps[0](GPT(GPTConfig(8, 16, 1, 1, 8)))) > 0
+    config, rt = GPTConfig(8, 16, 1, 1, 8), Runtime(torch.device('cpu'), torch.float32, False, '')
+    assert trial.time_run(job(config), rt, seconds=0.01).updates[8] > 0
+    assert float(steps[0](GPT(config))) > 0
 
 
 @pytest.mark.slow

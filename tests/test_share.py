@@ -23,7 +23,8 @@ def new_optimizer(net):
 def updates(parallel):
     torch.manual_seed(1)
     net = GPT(GPTConfig(8, 16, 2, 1, 5, bias=True))
-    net = distributed.shard_or_move(net, SimpleNamespace(world_size=n, device=torch.device('cpu')), parallel)
+    rt = SimpleNamespace(world_size=n, device=torch.device('cpu'), dtype=torch.float32)
+    net = distributed.shard_or_move(net, rt, parallel)
     opt = new_optimizer(net)
     for update in range(5):
         for p in net.parameters():

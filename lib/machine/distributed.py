@@ -148,16 +148,27 @@ def unresponsive_ranks(rank, world_size, wait=3.0):
 def shard_or_move(model, runtime, parallel):
     """Move `model` to the device; with parallel='fsdp' and several ranks, each rank keeps a shard of every tensor.
 
-    FSDP2 (pytorch.org/docs, fully_shard) gathers one layer of a ModuleList at a time, when it is needed.
+    FSDP2 (pytorch.org/docs, fully_shard) gathers one layer of a ModuleList at a time, when it is needed; in the dtype
+    of matrix products, if it has no other parameters. Gradients are added up in float32.
     """
     if parallel == 'fsdp' and runtime.world_size > 1:
-        from torch.distributed.fsdp import fully_shard  # this import takes two seconds
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # this import takes two seconds
         mesh = dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
+        half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
             for layer in layers:
-                fully_shard(layer, mesh=mesh)
+                fully_shard(layer, mesh=mesh, **(dict(mp_policy=half) if _only_linear(layer) else {}))
         fully_shard(model, mesh=mesh)
     return model.to(runtime.device)
+
+
+def _only_linear(layer):
+    """Return whether Linear layers have all parameters of `layer`, so that the ranks may send them in their dtype.
+
+    A norm with weights computes in float32. To shard it apart would break a compiled layer into pieces.
+    """
+    linear = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    return set(layer.parameters()) == {p for m in linear for p in m.parameters()}
 
 
 def wrap_ddp(model, runtime, parallel):

@@ -9,7 +9,7 @@ from configurator import UserError, find_path
 from lib.text import data_folder, tokenizer
 from lib.weights import checkpoint, gpt2, lora, schema
 from lib.weights.checkpoint import has_nan
-from model import GPTConfig
+from model import GPTConfig, Linear
 
 
 @dataclass
@@ -102,6 +102,19 @@ def model_from_checkpoint(state, path, dtype=torch.float32, assign=False, **over
     else:
         model.load_state_dict(state['model'])
     return model.eval()
+
+
+def cast_matrices(model, dtype):
+    """Cast the matrices of a GPT that is not trained to `dtype`, once, and compute in it; embeddings stay as they are.
+
+    Its numbers are those of a model that casts at every forward pass. A tied head becomes a tensor of its own.
+    """
+    model.requires_grad_(False).set_compute_dtype(dtype)
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.weight.dtype != dtype:
+            for name, p in list(layer.named_parameters()):  # weight and bias
+                setattr(layer, name, torch.nn.Parameter(p.to(dtype), requires_grad=False))
+    return model
 
 
 def state_dict_mismatch(want, have):
