@@ -212,6 +212,13 @@ def test_fsdp_divides_what_ddp_keeps_twice():
     assert ddp.gradients == 2 * one.gradients and fsdp.optimizer == ddp.optimizer / 4 and fsdp.total < ddp.total
 
 
+def test_under_fsdp_a_rank_has_all_gradients_only_while_it_adds_up_micro_batches():
+    config = GPTConfig(32, 65, 12, 2, 64)
+    once, twice = (plan.memory(job(config, gpus=4, micro_steps=n, parallel='fsdp'), 'cuda').gradients for n in (4, 8))
+    whole = plan.memory(job(config), 'cuda').gradients
+    assert twice == 1.25 * whole and once < whole / 2
+
+
 def test_the_largest_batch_fits_and_the_next_does_not():
     run = job(GPTConfig(64, 65, 2, 2, 64), batch_size=2, micro_steps=30)  # 60 sequences per update
     budget = plan.memory(replace(run, batch_size=13, micro_steps=1), 'cpu').total

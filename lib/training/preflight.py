@@ -3,12 +3,11 @@ import math
 import os
 from dataclasses import fields
 
-import torch
-
 from configurator import UserError, configure
 from lib.machine import cpus, distributed
 from lib.machine import device as devices
 from lib.text import dataset, tokenizer
+from lib.training.fit import dtype_of, fit_gpu
 from lib.weights import checkpoint, gpt2, load_model, lora
 from model import CHOICES, GPTConfig
 
@@ -34,7 +33,7 @@ CONFLICTS = (
      'dtype=float16 needs gradient scaling, which is available on CUDA only; use bfloat16 or float32'),
     (lambda s: s['eval_only'] and s['init_from'] in ('scratch', 'auto'),
      'eval_only needs a model: --init_from=resume or gpt2*'),
-    (lambda s: s['parallel'] == 'fsdp' and _dtype(s) == 'float16',
+    (lambda s: s['parallel'] == 'fsdp' and dtype_of(s) == 'float16',
      'parallel=fsdp supports bfloat16 and float32, not float16'),
     (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
      'lora_rank adapts a trained model: --init_from=gpt2* or a folder; to continue a run --init_from=resume'),
@@ -102,6 +101,8 @@ def _check(s):
         errors += _tokenizer_mismatch(*resumed, data)
     if source and not errors:
         errors += source_mismatch(source, data)
+    if not errors:
+        fit_gpu(s, resumed, source, data)
     return errors, data, resumed
 
 
@@ -140,11 +141,6 @@ def check_values(s):
     if problem := devices.device_problem(s['device']):
         return [*errors, problem, *_batch_errors(s)]
     return [*errors, *(message for applies, message in CONFLICTS if applies(s)), *_batch_errors(s)]
-
-
-def _dtype(s):
-    """Return the name of the dtype that training will use, on a device that exists."""
-    return s['dtype'] if s.given('dtype') else devices.pick_dtype(torch.device(s['device']))[0]
 
 
 def _batch_errors(s):
