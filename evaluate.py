@@ -26,7 +26,7 @@ from lib.text import dataset as datasets
 from lib.text import encodings, read_text
 from lib.text.tokenizer import describe_mismatch
 from lib.training import log
-from lib.weights.load_model import load_model
+from lib.weights.load_model import cast_matrices, load_model
 
 # model
 init_from = 'resume'  # resume (OUT_DIR/ckpt.pt) | gpt2 ... gpt2-xl | a run's folder or one with GPT-2 weights
@@ -202,7 +202,7 @@ def main(argv=None):
     settings.setdefault('seed', 0)  # runtime.start wants one; nothing is random here
     rt = runtime.start(settings)
     model, tok, state = load_model(init_from, out_dir)
-    model.to(rt.device).set_compute_dtype(rt.dtype)  # weights stay float32, as in training
+    model = cast_matrices(model.to(rt.device), rt.dtype)  # the other weights stay float32, as in training
     if compile:
         model = torch.compile(model)
     print(f'device: {rt.description}')

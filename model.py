@@ -316,7 +316,7 @@ class GPT(nn.Module):
         for module in self.modules():
             if isinstance(module, Linear):
                 module.compute_dtype = dtype
-        self.linears = [module for module in self.transformer.h.modules() if isinstance(module, Linear)]
+        self.linears = [m for m in self.transformer.h.modules() if isinstance(m, Linear) and m.weight.requires_grad]
 
     @property
     def dtype(self):

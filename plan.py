@@ -109,7 +109,7 @@ def show_memory(job, device_type, capacity, pretrained):
             choices.append(('--checkpoint_activations', replace(job, checkpoint_activations=True)))
         if pretrained and not job.lora_rank:
             choices.append(('--lora_rank=8', replace(job, lora_rank=8)))
-        if job.gpus > 1 and job.parallel == 'ddp' and job.optimizer == 'adamw':
+        if job.gpus > 1 and job.parallel == 'ddp' and not job.lora_rank:
             choices.append(('--parallel=fsdp', replace(job, parallel='fsdp')))
         for name, other in choices:
             best = plan.largest_batch(other, device_type, budget)

@@ -202,7 +202,7 @@ def build_model(settings, data, resumed):
     """Return the model: from a checkpoint, from another run or GPT-2, or initialised from scratch."""
     if resumed:
         path, state = resumed
-        return load_model.model_from_checkpoint(state, path, dropout=dropout)
+        return load_model.model_from_checkpoint(state, path, assign=parallel == 'fsdp', dropout=dropout)
     if source := load_model.find(init_from):
         model = source.load(dropout=dropout, block_size=block_size)
     else:
@@ -299,7 +299,7 @@ def main(signals):
     def save(as_best, required):
         """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. required: a failure ends the run."""
         state = {**vars(p), 'minutes': minutes_now(), 'model_args': raw_model.config.model_args(),
-                 'model': distributed.full_state_dict(raw_model.state_dict(), rt.is_master),
+                 'model': distributed.full_state_dict(raw_model, rt.is_master),
                  'optimizer': distributed.full_state_dict(opt.state_dict(), rt.is_master),
                  'config': dict(settings), 'origins': settings.kinds(), 'format': checkpoint.FORMAT,
                  'tokenizer': data.tokenizer, 'chat': data.marks, 'data': data.fingerprint(), 'rng': rt.rng_states(),

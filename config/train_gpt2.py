@@ -10,7 +10,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2-124M'
 
 # 12 sequences x 1024 tokens x 40 micro-batches = 491,520 tokens per update, over all GPUs together
-batch_size = 12  # for 24 GB or more; on 16 GB --batch_size=4 --gradient_accumulation_steps=120 is the same update
+batch_size = 12  # for 24 GB or more; on a smaller GPU fewer are chosen, for the same update
 block_size = 1024
 gradient_accumulation_steps = 5 * 8
 

@@ -12,7 +12,7 @@ wandb_project = 'owt'
 wandb_run_name = 'gpt2-modern'
 
 # 16 sequences x 1024 tokens x 32 micro-batches = 524,288 tokens per update, over all GPUs together
-batch_size = 16  # for 40 GB or more; on 16 GB --batch_size=4 --gradient_accumulation_steps=128 is the same update
+batch_size = 16  # for 40 GB or more; on a smaller GPU fewer are chosen, for the same update
 block_size = 1024
 gradient_accumulation_steps = 4 * 8
 

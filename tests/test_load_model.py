@@ -7,7 +7,7 @@ import torch
 
 from configurator import UserError
 from lib.weights.checkpoint import has_nan
-from lib.weights.load_model import load_model, model_from_checkpoint, state_dict_mismatch
+from lib.weights.load_model import cast_matrices, load_model, model_from_checkpoint, state_dict_mismatch
 from model import GPT, GPTConfig
 
 ARGS = dict(n_layer=1, n_head=2, n_embd=16, block_size=8, vocab_size=16, bias=False, dropout=0.0)
@@ -72,6 +72,31 @@ def test_dropout_can_be_overridden():
 
 
 # Errors
+
+@pytest.mark.parametrize('tie_weights', [True, False])
+def test_a_model_can_take_the_tensors_of_its_checkpoint_without_a_copy(tie_weights):
+    saved = random_model(tie_weights=tie_weights)
+    state = {'model': saved.state_dict(), 'model_args': saved.config.model_args()}
+    model = model_from_checkpoint(state, 'ckpt.pt', assign=True)
+    assert all(p.data_ptr() == state['model'][name].data_ptr() for name, p in model.named_parameters())
+    assert (model.lm_head.weight is model.transformer.wte.weight) == tie_weights
+    assert all(p.requires_grad for p in model.parameters())
+    half = model_from_checkpoint(state, 'ckpt.pt', dtype=torch.float16, assign=True)
+    assert {p.dtype for p in half.parameters()} == {torch.float16}
+
+
+@pytest.mark.parametrize('options', [dict(bias=True, n_layer=2), dict(tie_weights=False, mlp='swiglu')])
+def test_matrices_that_are_cast_once_give_the_same_losses_as_those_that_are_cast_at_every_pass(options):
+    model, idx = random_model(**options).eval(), torch.randint(16, (3, 8), generator=torch.Generator().manual_seed(1))
+    model.set_compute_dtype(torch.bfloat16)
+    with torch.no_grad():
+        expected = model(idx, idx.flip(1), return_logits=True)
+        once = cast_matrices(model, torch.bfloat16)
+        assert all(map(torch.equal, expected, once(idx, idx.flip(1), return_logits=True)))
+    dtypes = {name: p.dtype for name, p in once.named_parameters()}
+    assert dtypes['lm_head.weight'] == dtypes['transformer.h.0.mlp.c_fc.weight'] == torch.bfloat16
+    assert dtypes['transformer.wte.weight'] == torch.float32
+
 
 def refusal(*args):
     with pytest.raises(UserError) as caught:

@@ -61,6 +61,21 @@ def test_adapters_compute_in_the_dtype_of_the_model():
     assert layer(torch.ones(1, 16)).dtype == torch.bfloat16 and layer.lora_a.dtype == torch.float32
 
 
+def test_frozen_weights_are_cast_once_and_saved_as_they_are():
+    model, base = adapted()
+    before, layer = copy.deepcopy(model.state_dict()), model.transformer.h[0].mlp.c_fc
+    model.set_compute_dtype(torch.bfloat16)
+    x = torch.randn(2, 16, generator=torch.Generator().manual_seed(1))
+    low = layer.lora_b.bfloat16() @ (layer.lora_a.bfloat16() @ x.bfloat16().mT * layer.scale)
+    expected = torch.nn.functional.linear(x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()) + low.mT
+    assert torch.equal(layer(x), expected)
+    assert layer.frozen.dtype == torch.bfloat16 and layer.weight.dtype == torch.float32
+    after = model.state_dict()
+    assert after.keys() == before.keys() and all(torch.equal(after[name], before[name]) for name in before)
+    model.set_compute_dtype(torch.float32)
+    assert layer.frozen is None
+
+
 def test_every_matrix_of_the_blocks_and_nothing_else_gets_an_adapter():
     model, base = adapted(rank=3)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

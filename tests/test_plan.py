@@ -213,6 +213,13 @@ def test_fsdp_divides_what_ddp_keeps_twice():
     assert ddp.gradients == 2 * one.gradients and fsdp.optimizer == ddp.optimizer / 4 and fsdp.total < ddp.total
 
 
+def test_under_fsdp_a_rank_has_all_gradients_only_while_it_adds_up_micro_batches():
+    config = GPTConfig(32, 65, 12, 2, 64)
+    once, twice = (plan.memory(job(config, gpus=4, micro_steps=n, parallel='fsdp'), 'cuda').gradients for n in (4, 8))
+    whole = plan.memory(job(config), 'cuda').gradients
+    assert twice == 1.25 * whole and once < whole / 2
+
+
 def test_the_largest_batch_fits_and_the_next_does_not():
     run = job(GPTConfig(64, 65, 2, 2, 64), batch_size=2, micro_steps=30)  # 60 sequences per update
     budget = plan.memory(replace(run, batch_size=13, micro_steps=1), 'cpu').total
@@ -257,6 +264,14 @@ def test_a_probe_leaves_weights_gradients_and_random_numbers_as_they_were():
     assert seconds > 0 and n_bytes > 2**20
     assert torch.equal(torch.get_rng_state(), state) and all(map(torch.equal, before, model.parameters()))
     assert all(p.grad is None for p in model.parameters())
+
+
+def test_the_model_that_is_timed_is_compiled_by_a_step_that_gives_its_loss(monkeypatch):
+    steps = []
+    monkeypatch.setattr(trial, 'compile_or_fall_back', lambda model, rt, explicit, step: steps.append(step) or model)
+    config, rt = GPTConfig(8, 16, 1, 1, 8), Runtime(torch.device('cpu'), torch.float32, False, '')
+    assert trial.time_run(job(config), rt, seconds=0.01).updates[8] > 0
+    assert float(steps[0](GPT(config))) > 0
 
 
 @pytest.mark.slow

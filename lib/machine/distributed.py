@@ -148,16 +148,27 @@ def unresponsive_ranks(rank, world_size, wait=3.0):
 def shard_or_move(model, runtime, parallel):
     """Move `model` to the device; with parallel='fsdp' and several ranks, each rank keeps a shard of every tensor.
 
-    FSDP2 (pytorch.org/docs, fully_shard) gathers one layer of a ModuleList at a time, when it is needed.
+    FSDP2 (pytorch.org/docs, fully_shard) gathers one layer of a ModuleList at a time, when it is needed; in the dtype
+    of matrix products, if it has no other parameters. Gradients are added up in float32.
     """
     if parallel == 'fsdp' and runtime.world_size > 1:
-        from torch.distributed.fsdp import fully_shard  # this import takes two seconds
+        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # this import takes two seconds
         mesh = dist.init_device_mesh(runtime.device.type, (runtime.world_size,))
+        half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
             for layer in layers:
-                fully_shard(layer, mesh=mesh)
+                fully_shard(layer, mesh=mesh, **(dict(mp_policy=half) if _only_linear(layer) else {}))
         fully_shard(model, mesh=mesh)
     return model.to(runtime.device)
+
+
+def _only_linear(layer):
+    """Return whether Linear layers have all parameters of `layer`, so that the ranks may send them in their dtype.
+
+    A norm with weights computes in float32. To shard it apart would break a compiled layer into pieces.
+    """
+    linear = [m for m in layer.modules() if isinstance(m, torch.nn.Linear)]
+    return set(layer.parameters()) == {p for m in linear for p in m.parameters()}
 
 
 def wrap_ddp(model, runtime, parallel):
@@ -188,9 +199,16 @@ def full_tensor(tensor):
 def full_state_dict(value, keep=True):
     """Return `value` with every tensor that FSDP has sharded gathered on the CPU. Every rank must call it.
 
-    value: a tensor, or dicts and lists of tensors, as in a state_dict. keep: False on ranks that only take part in the
-    gathering; they get None in place of those tensors.
+    value: a tensor, or dicts and lists of tensors, as in a state_dict; or a model, whose tied weights are gathered
+    once. keep: False on ranks that only take part in the gathering; they have one whole tensor at a time, and get None
+    in place of those tensors.
     """
+    if isinstance(value, torch.nn.Module):
+        state, first = value.state_dict(), {}
+        same = {name: first.setdefault(id(p), name) for name, p in value.named_parameters(remove_duplicate=False)
+                if hasattr(p, 'full_tensor')}
+        full = full_state_dict({name: t for name, t in state.items() if same.get(name, name) == name}, keep)
+        return {name: full[same.get(name, name)] for name in state}
     if isinstance(value, dict):
         return {key: full_state_dict(inner, keep) for key, inner in value.items()}
     if isinstance(value, (list, tuple)):

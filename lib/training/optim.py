@@ -7,6 +7,7 @@ import torch
 from configurator import UserError
 from lib.machine.device import fast_bf16
 from lib.machine.distributed import shard_like
+from lib.machine.share import Share, local, local_as
 from lib.weights import schema
 
 
@@ -30,12 +31,13 @@ class MuonAdamW(AdamW):
     A group's `splits` says how many matrices are stacked in each of its parameters.
 
     Matrices of one size, whichever way they lie, are updated together in a few operations. Their momenta are views
-    of one buffer (n, rows, columns) with rows <= columns.
+    of one buffer. With several ranks, each orthogonalises its share of them, and then they exchange the results. Under
+    FSDP a rank has rows of every matrix, so they exchange the momenta first.
     """
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._buffers = {}  # (group, rows, columns) -> momenta (n, rows, columns)
+        self._buffers = {}  # (group, rows, columns) -> momenta, flat; under FSDP those of this rank's rows
 
     def load_state_dict(self, state_dict):
         super().load_state_dict(state_dict)
@@ -43,7 +45,10 @@ class MuonAdamW(AdamW):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """Update all parameters that have a gradient, or none if the tensor `found_inf` is set and not zero."""
+        """Update all parameters that have a gradient, or none if the tensor `found_inf` is set and not zero.
+
+        With several ranks, all must call it.
+        """
         groups = self.param_groups
         try:
             self.param_groups = [group for group in groups if not group['use_muon']]
@@ -57,41 +62,45 @@ class MuonAdamW(AdamW):
             by_size = {}
             for p, split in zip(group['params'], group.get('splits', ())):
                 if p.grad is not None:
-                    by_size.setdefault((i, *wide(p, split).shape[1:]), []).append((p, split))
+                    size = p.size(0) // split, p.size(1)
+                    by_size.setdefault((i, *(sorted(size) if split == 1 else size)), []).append((p, split))
             for key, matrices in by_size.items():
-                matrices.sort(key=lambda matrix: is_tall(*matrix))  # the wide ones first
-                self._muon(group, matrices, self._momenta(key, matrices), found_inf)
+                self._muon(group, matrices, self._momenta(key, [p for p, _ in matrices]), found_inf)
 
-    def _momenta(self, key, matrices):
-        """Return the momenta (n, rows, columns) of matrices [(parameter, split), ...], which share a buffer."""
-        buffer, old = self._buffers.get(key), [self.state[p].get('momentum') for p, _ in matrices]
-        n = sum(split for _, split in matrices)
-        if buffer is None or len(buffer) != n or any(m is None or m._base is not buffer for m in old):
-            old = [torch.zeros_like(p) if m is None else m for m, (p, _) in zip(old, matrices)]
-            self._buffers[key] = buffer = torch.cat([wide(m, split) for m, (_, split) in zip(old, matrices)])
-            for part, (p, split) in zip(buffer.split([split for _, split in matrices]), matrices):
-                momentum = (part.mT if is_tall(p, split) else part).flatten(0, 1)  # a view of the shape of p
+    def _momenta(self, key, params):
+        """Return the momenta of this rank's rows of `params`, flat; those in the state are views of them."""
+        buffer, old = self._buffers.get(key), [self.state[p].get('momentum') for p in params]
+        sizes = [local(p).numel() for p in params]
+        if buffer is None or len(buffer) != sum(sizes) or any(m is None or local(m)._base is not buffer for m in old):
+            old = [torch.zeros_like(local(p)) if m is None else local(m) for m, p in zip(old, params)]
+            self._buffers[key] = buffer = torch.cat([m.flatten() for m in old])
+            for part, p in zip(buffer.split(sizes), params):
+                momentum = local_as(part.view(local(p).shape), p)
                 self.state[p].update(step=torch.zeros(()), momentum=momentum)  # AdamW's loader expects a `step`
         return buffer
 
     @staticmethod
     def _muon(group, matrices, momenta, found_inf):
-        """Update matrices [(parameter, split), ...] of one size, the wide ones first; momenta: (n, rows, columns)."""
-        grads = torch.cat([wide(p.grad, split) for p, split in matrices])
+        """Update matrices [(parameter, split), ...] of one size; momenta: of this rank's rows, flat."""
+        params, splits = zip(*matrices)
+        shards = [local(p) for p in params]
+        grads = torch.cat([local(p.grad).flatten() for p in params])
         if found_inf is not None and not found_inf.is_cpu:  # a bad gradient must not change the momentum
             grads = torch.where(found_inf.bool(), momenta, grads)
         momenta.lerp_(grads, 1 - group['momentum'])
-        nesterov = grads.lerp_(momenta, group['momentum'])
-        updates = newton_schulz(nesterov)
-        n_wide = sum(split for p, split in matrices if not is_tall(p, split))
-        for tall, part in ((False, updates[:n_wide]), (True, updates[n_wide:].mT)):
-            if not len(part):
+        parts = grads.lerp_(momenta, group['momentum']).split([shard.numel() for shard in shards])
+        share = Share([p.shape for p in params], splits, sharded=shards[0] is not params[0])
+        updates = orthogonalized([(whole, splits[i]) for i, whole in zip(share.mine, share.gather(parts))])
+        updates = share.spread(updates, like=momenta.new_empty(0, dtype=newton_dtype(momenta.device)))
+        updates = torch.cat([u.flatten() for u in updates]).to(momenta.dtype).split([len(part) for part in parts])
+        scales = [max(1, p.size(0) / split / p.size(1)) ** 0.5 for p, split in matrices]
+        for scale in sorted(set(scales)):
+            chosen = [(shard, u.view(shard.shape)) for shard, u, s in zip(shards, updates, scales)
+                      if s == scale and len(shard)]
+            if not chosen:
                 continue
-            params, splits = zip(*[(p, split) for p, split in matrices if is_tall(p, split) == tall])
-            scale = max(1, part.size(1) / part.size(2)) ** 0.5
-            part = part.to(momenta.dtype, memory_format=torch.contiguous_format).split(splits)
             # p -= lr * scale * (update + weight_decay / scale * p), for all of them in one operation
-            torch._fused_sgd_(params, [u.view(p.shape) for u, p in zip(part, params)], [], lr=group['lr'] * scale,
+            torch._fused_sgd_(*map(list, zip(*chosen)), [], lr=group['lr'] * scale,
                               weight_decay=group['weight_decay'] / scale, momentum=0.0, dampening=0.0,
                               nesterov=False, maximize=False, is_first_step=True, found_inf=found_inf)
 
@@ -106,13 +115,32 @@ def wide(p, split):
     return p.mT[None] if is_tall(p, split) else p.unflatten(0, (split, -1))
 
 
+def orthogonalized(matrices):
+    """Return newton_schulz of matrices [(tensor, split), ...] of one size, a tensor of the same shape for each."""
+    if not matrices:
+        return []
+    order = sorted(range(len(matrices)), key=lambda i: is_tall(*matrices[i]))  # the wide ones first
+    found = newton_schulz(torch.cat([wide(*matrices[i]) for i in order]))  # (n, rows, columns)
+    n_wide, updates = sum(split for p, split in matrices if not is_tall(p, split)), [None] * len(matrices)
+    parts = found[:n_wide].split([s for p, s in matrices if not is_tall(p, s)])
+    parts += found[n_wide:].mT.contiguous().split(1)
+    for i, part in zip(order, parts):
+        updates[i] = part.flatten(0, 1)
+    return updates
+
+
+def newton_dtype(device):
+    """Return the dtype in which newton_schulz computes."""
+    return torch.bfloat16 if fast_bf16(device) else torch.float32
+
+
 def newton_schulz(g, steps=5):
     """Return roughly U V^T for each matrix U S V^T in g (n, rows, columns), by Newton-Schulz in bfloat16 where fast.
 
     The coefficients of the quintic are Jordan's: steep at zero; singular values end between 0.7 and 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    x = g.bfloat16() if fast_bf16(g.device) else g.float()
+    x = g.to(newton_dtype(g.device))
     if tall := g.size(-2) > g.size(-1):
         x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)

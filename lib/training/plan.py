@@ -200,7 +200,8 @@ def memory(job, device_type, with_logits=False):
     """Return the Footprint of one rank; with several, what DDP and FSDP add or take is in it.
 
     DDP keeps a second copy of the gradients in its buckets. FSDP divides weights, gradients and optimizer state among
-    the ranks, and gathers the largest unit, which is the embedding with the head, or a block.
+    the ranks, and gathers the largest unit, which is the embedding with the head, or a block. With several
+    micro-batches a rank has all gradients until it has added them up.
     """
     found = footprint(job.config, job.batch_size, max(1, job.micro_steps // job.gpus), job.dtype, job.optimizer,
                       job.lora_rank, job.checkpoint_activations, device_type, with_logits)
@@ -208,7 +209,8 @@ def memory(job, device_type, with_logits=False):
         parts = parameters_by_part(job.config)
         block = (parts['attention'] + parts['MLP']) / job.config.n_layer
         unit = 4 * max(2 * block, sum(parts.values()) - block * job.config.n_layer)
-        found = replace(found, weights=found.weights / job.gpus + unit, gradients=found.gradients / job.gpus + unit,
+        whole = unit if job.micro_steps <= job.gpus else found.gradients
+        found = replace(found, weights=found.weights / job.gpus + unit, gradients=found.gradients / job.gpus + whole,
                         optimizer=found.optimizer / job.gpus)
     elif job.gpus > 1:
         found = replace(found, gradients=2 * found.gradients)

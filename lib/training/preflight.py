@@ -3,12 +3,11 @@ import math
 import os
 from dataclasses import fields
 
-import torch
-
 from configurator import UserError, configure
 from lib.machine import cpus, distributed
 from lib.machine import device as devices
 from lib.text import dataset, tokenizer
+from lib.training.fit import dtype_of, fit_gpu
 from lib.weights import checkpoint, gpt2, load_model, lora
 from model import CHOICES, GPTConfig
 
@@ -35,9 +34,7 @@ CONFLICTS = (
      'dtype=float16 needs gradient scaling, which is available on CUDA only; use bfloat16 or float32'),
     (lambda s: s['eval_only'] and s['init_from'] in ('scratch', 'auto'),
      'eval_only needs a model: --init_from=resume or gpt2*'),
-    (lambda s: s['parallel'] == 'fsdp' and s['optimizer'] == 'muon',
-     'optimizer=muon needs whole matrices, which parallel=fsdp shards; use adamw, or ddp'),
-    (lambda s: s['parallel'] == 'fsdp' and _dtype(s) == 'float16',
+    (lambda s: s['parallel'] == 'fsdp' and dtype_of(s) == 'float16',
      'parallel=fsdp supports bfloat16 and float32, not float16'),
     (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
      'lora_rank adapts a trained model: --init_from=gpt2* or a folder; to continue a run --init_from=resume'),
@@ -105,6 +102,8 @@ def _check(s):
         errors += _tokenizer_mismatch(*resumed, data)
     if source and not errors:
         errors += source_mismatch(source, data)
+    if not errors:
+        fit_gpu(s, resumed, source, data)
     return errors, data, resumed
 
 
@@ -145,11 +144,6 @@ def check_values(s):
     return [*errors, *(message for applies, message in CONFLICTS if applies(s)), *_batch_errors(s)]
 
 
-def _dtype(s):
-    """Return the name of the dtype that training will use, on a device that exists."""
-    return s['dtype'] if s.was_set('dtype') else devices.pick_dtype(torch.device(s['device']))[0]
-
-
 def _batch_errors(s):
     ranks, accumulation = int(os.environ.get('WORLD_SIZE', 1)), s['gradient_accumulation_steps']
     unit, total = s['batch_size'] * s['block_size'] * ranks, s['total_batch_tokens']
@@ -170,9 +164,9 @@ def _find_checkpoint(s):
     if s['eval_only']:
         path = f'{s["out_dir"]}/ckpt.pt'
         return path, checkpoint.load(path)
-    # every rank reads the whole file: mapped, they have it in memory once; what they keep is copied to their GPUs
-    several = distributed.rank_and_world()[1] > 1
-    return checkpoint.find_latest(s['out_dir'], mmap=several and s['device'].startswith('cuda'))
+    # every rank reads the whole file: mapped, they have it in memory once; what they keep is copied
+    mapped = distributed.rank_and_world()[1] > 1 and (s['device'].startswith('cuda') or s['parallel'] == 'fsdp')
+    return checkpoint.find_latest(s['out_dir'], mmap=mapped)
 
 
 def _nothing_to_resume(s):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lib.machine import runtime
+from lib.machine.compiler import compile_or_fall_back
 from lib.machine.device import peak_memory
 from lib.training import plan
 from lib.training.optim import decay_for_epochs, make_optimizer
@@ -61,7 +61,9 @@ def time_run(job, rt, seconds=20.0):
 
     def micro_step(net, sequences, context):
         idx = tokens(sequences, context)
-        net(idx, idx)[1].backward()
+        loss = net(idx, idx)[1]
+        loss.backward()
+        return loss.detach()
 
     def optimize():
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -74,8 +76,7 @@ def time_run(job, rt, seconds=20.0):
             float(model(idx, idx)[1])
         model.train()
 
-    net = runtime.compile_or_fall_back(model, rt, False, lambda net: micro_step(net, job.batch_size,
-                                                                               job.config.block_size))
+    net = compile_or_fall_back(model, rt, False, lambda net: micro_step(net, job.batch_size, job.config.block_size))
     began, updates = time.perf_counter(), {}
     full = max(context for _, context in job.contexts)
     micro_step(model, 1, full)

@@ -9,7 +9,7 @@ from configurator import UserError, find_path
 from lib.text import data_folder, tokenizer
 from lib.weights import checkpoint, gpt2, lora, schema
 from lib.weights.checkpoint import has_nan
-from model import GPTConfig
+from model import GPTConfig, Linear
 
 
 @dataclass
@@ -77,10 +77,12 @@ def load_model(init_from, out_dir, dtype=torch.float32):
     return model, tok, state
 
 
-def model_from_checkpoint(state, path, dtype=torch.float32, **overrides):
+def model_from_checkpoint(state, path, dtype=torch.float32, assign=False, **overrides):
     """Return the GPT of a checkpoint, in eval mode on the CPU, with weights of `dtype`.
 
-    overrides: replace model_args (dropout, for example). UserError names what does not fit.
+    assign: use the checkpoint's tensors instead of copying them, for a caller that copies what it keeps; mapped from
+    a file, they need no memory. overrides: replace model_args (dropout, for example). UserError names what does not
+    fit.
     """
     try:
         if problem := schema.model_problem(state['model_args'], state['model']):
@@ -93,8 +95,26 @@ def model_from_checkpoint(state, path, dtype=torch.float32, **overrides):
         raise UserError(f'{path}: model_args do not describe a model of this program: {error}') from error
     if mismatch := state_dict_mismatch(model.state_dict(), state['model']):
         raise UserError(f'{path}: {mismatch}; was model_args changed?')
-    model.load_state_dict(state['model'])
+    if assign:  # the memory of the undefined weights has not been touched, so it was never taken
+        model.load_state_dict({name: tensor.to(dtype) for name, tensor in state['model'].items()}, assign=True)
+        if config.tie_weights:
+            model.lm_head.weight = model.transformer.wte.weight
+    else:
+        model.load_state_dict(state['model'])
     return model.eval()
+
+
+def cast_matrices(model, dtype):
+    """Cast the matrices of a GPT that is not trained to `dtype`, once, and compute in it; embeddings stay as they are.
+
+    Its numbers are those of a model that casts at every forward pass. A tied head becomes a tensor of its own.
+    """
+    model.requires_grad_(False).set_compute_dtype(dtype)
+    for layer in model.modules():
+        if isinstance(layer, Linear) and layer.weight.dtype != dtype:
+            for name, p in list(layer.named_parameters()):  # weight and bias
+                setattr(layer, name, torch.nn.Parameter(p.to(dtype), requires_grad=False))
+    return model
 
 
 def state_dict_mismatch(want, have):

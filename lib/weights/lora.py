@@ -8,25 +8,41 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
+import kernels
 from model import Linear
 
 ALPHA = 32  # an adapter's output is scaled by ALPHA / rank; the paper's value for GPT-2
 
 
 class LoRALinear(Linear):
-    """x W^T + bias with W frozen, plus a trained x A^T B^T of rank r (Hu et al. 2021, arXiv:2106.09685)."""
+    """x W^T + bias with W frozen, plus a trained x A^T B^T of rank r (Hu et al. 2021, arXiv:2106.09685).
+
+    W is cast once, when `compute_dtype` is set; a checkpoint keeps it as it was.
+    """
+    _compute_dtype = None
 
     def __init__(self, base, rank):
         super().__init__(base.in_features, base.out_features, bias=False, device='meta')
         self.weight, self.bias, self.scale = base.weight, base.bias, ALPHA / rank
+        self.register_buffer('frozen', None, persistent=False)  # W in compute_dtype, if that is another dtype
         like = dict(device=base.weight.device)
         self.lora_a = nn.Parameter(torch.randn(rank, base.in_features, **like) * base.in_features ** -0.5)
         self.lora_b = nn.Parameter(torch.zeros(base.out_features, rank, **like))  # zeros: begins as the base
 
+    @property
+    def compute_dtype(self):
+        return self._compute_dtype
+
+    @compute_dtype.setter
+    def compute_dtype(self, dtype):
+        self._compute_dtype = dtype
+        self.frozen = None if dtype in (None, self.weight.dtype) else self.weight.detach().to(dtype)
+
     def forward(self, x):
-        x = x.to(self.compute_dtype or self.weight.dtype)
+        weight = self.weight if self.frozen is None else self.frozen
+        x, bias = x.to(weight.dtype), None if self.bias is None else self.bias.to(weight.dtype)
         low = F.linear(x, self.lora_a.to(x.dtype)) * self.scale  # (B, T, r)
-        return super().forward(x) + F.linear(low, self.lora_b.to(x.dtype))
+        return kernels.linear(x, weight, bias) + F.linear(low, self.lora_b.to(x.dtype))
 
 
 def adapt(model, rank):
