@@ -11,14 +11,13 @@ from configurator import (
     Origin,
     Settings,
     UserError,
-    _print_exception,
     configure,
     describe,
     find_path,
     literals,
-    reason,
     resolve,
 )
+from lib.machine import console
 
 DEFAULTS = {'batch_size': 12, 'learning_rate': 6e-4, 'bias': False, 'sure': True, 'dataset': 'owt', 'device': 'auto',
             'start': ''}
@@ -217,18 +216,18 @@ def test_a_setting_given_twice_has_its_last_value_only():
 @pytest.mark.parametrize('n, shown', [(200, 'ValueError: ' + 'a ' * 99 + 'aa'),
                                       (201, 'ValueError: ' + 'a ' * 98 + 'a ...')])
 def test_the_reason_of_an_error_has_at_most_200_characters(n, shown):
-    assert reason(ValueError('a ' * 99 + 'a' * (n - 198))) == shown
-    assert reason(UserError('two\nlines')) == 'two lines'
+    assert console.reason(ValueError('a ' * 99 + 'a' * (n - 198))) == shown
+    assert console.reason(UserError('two\nlines')) == 'two lines'
 
 
 def test_too_little_memory_is_reported_in_one_line(capsys):
     class ArrayMemoryError(MemoryError):  # numpy has such a class
         pass
     for error in (ArrayMemoryError('x'), RuntimeError("can't allocate memory: 5 GB")):
-        _print_exception(type(error), error, None)
+        console.print_exception(type(error), error, None)
     assert capsys.readouterr().err == ("error: out of memory (ArrayMemoryError: x)\n"
                                        "error: out of memory (RuntimeError: can't allocate memory: 5 GB)\n")
-    _print_exception(Exception, Exception('something else'), None)
+    console.print_exception(Exception, Exception('something else'), None)
     assert capsys.readouterr().err == 'Exception: something else\n'
 
 

@@ -225,7 +225,7 @@ def texts():
     raw = 'https://raw.githubusercontent.com/'
     why42 = raw + 'drriguz/nanoGPT/master/data/{}/input.txt'
     letters = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    plays = letters + 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 60
+    plays = letters + 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 150
     classic = ['人之初', '性本善', '养不教', '父之过', '记其事', '要其终'] * 64
     sutra = '如是我闻：一时，佛在舍卫国祇树给孤独园，与大苾刍众千二百五十人俱。般若波罗蜜多。\n'
     novel = '宋江武松道：“不要问，只管用瓢舀来吃酒。贩枣的客人那里，买三五斤枣来，一发算钱。”竟抢先要下山去, 且说。\n'
@@ -265,7 +265,6 @@ def results(tmp_path_factory):
     done = subprocess.run([sys.executable, folder / 'process.py', folder], input=json.dumps(jobs), cwd=clone,
                           capture_output=True, encoding='utf-8')
     assert done.returncode == 0, done.stderr[-2000:]
-    open('/tmp/tut/times','w',encoding='utf-8').write(done.stderr)
     found = json.loads((folder / 'results.json').read_text(encoding='utf-8'))
     results = dict(zip(map(id, chosen), found))
     return [results.get(id(line)) for line in LINES]

@@ -137,6 +137,11 @@ def peak_memory(device):
     return 0
 
 
+def gpu_memory(indices):
+    """Return the smallest memory, in bytes, of the CUDA devices with these indices, of those that exist."""
+    return min(torch.cuda.get_device_properties(i).total_memory for i in indices if i < torch.cuda.device_count())
+
+
 def free_memory(device):
     """Return the bytes that training can use on this machine's device; 0 if the system does not report them."""
     if device.type == 'cuda':

@@ -27,8 +27,7 @@ def fit_gpu(s, resumed, source, data):
     config = plan.config_of({**s, 'init_from': 'scratch'}, data, vocab_size)
     rank, n_ranks = distributed.rank_and_world()
     here = int(os.environ.get('LOCAL_WORLD_SIZE', n_ranks))  # the ranks of this machine
-    gpus = range(min(here, torch.cuda.device_count())) if n_ranks > 1 else [device.index or 0]
-    capacity = min(torch.cuda.get_device_properties(gpu).total_memory for gpu in gpus)
+    capacity = devices.gpu_memory(range(here) if n_ranks > 1 else [device.index or 0])
     # ranks of other machines may have other GPUs, and all ranks must choose the same
     job = plan.job_from(s, config, devices.DTYPES[dtype_of(s)], data, n_ranks)
     line = smaller_batch(s, job, capacity, may_change=here == n_ranks)
