@@ -2,7 +2,7 @@
 
     python sweep.py config/train_shakespeare_char.py --n_embd=64,96,128 --muon_lr=0.01,0.015 --seeds=3 --max_minutes=1
     python sweep.py config/train_shakespeare_char.py --dropout=0,0.1,0.2 --max_iters=500 --jobs=2 --halving
-    python sweep.py config/law_tinyshakespeare.py --n_embd=32,48,64,96,128 --flops=2e12,6e12,1.8e13 --law --jobs=2
+    python sweep.py config/law_tinyshakespeare.py --n_embd=32,48,64,96,128 --flops=5e11,1.5e12,4.5e12 --law
     python plot.py out-sweep                                      loss against each setting
 
 Takes every setting of train.py, which `python train.py --help` lists, and those below. Each run is train.py in its own

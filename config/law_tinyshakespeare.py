@@ -1,10 +1,10 @@
 """A scaling law measured on tiny Shakespeare's characters with sweep.py: three numbers of FLOPs, five sizes.
 
     python data/shakespeare_char/prepare.py
-    python sweep.py config/law_tinyshakespeare.py --n_embd=32,48,64,96,128 --flops=2e12,6e12,1.8e13 --law --jobs=2
+    python sweep.py config/law_tinyshakespeare.py --n_embd=32,48,64,96,128 --flops=5e11,1.5e12,4.5e12 --law
 
---flops sets max_iters, so that all sizes compute the same amount. Together the runs are 1.3e14 FLOPs: 45 minutes on two
-cores that train at 50 GFLOP/s. The size is --n_embd; give it for a single run of train.py, too.
+--flops sets max_iters, so that all sizes compute the same amount. Together the runs are 3.3e13 FLOPs, which took one
+core eleven minutes (docs/results.md). The size is --n_embd; give it for a single run of train.py, too.
 """
 out_dir = 'out-law'
 dataset = 'shakespeare_char'
