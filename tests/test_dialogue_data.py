@@ -162,4 +162,4 @@ def test_the_score_counts_by_task_and_language(run, tmp_path, monkeypatch, rows)
         for _ in range(3)), encoding='utf-8')
     done = run('data/dialogue/score.py', '--out_dir=out', f'--rows={path}', '--device=cpu')
     assert done.status == 0, done.err
-    assert done.out.startswith('sum      en  0 of 3 (0.00%)\nall  0 of 3 (0.00%)\none plus two')
+    assert done.out.startswith('asking 3 questions\nsum      en  0 of 3 (0.00%)\nall  0 of 3 (0.00%)\none plus two')

@@ -1,4 +1,5 @@
 """lib/text/tokenizer.py: round trips of hostile text, places where BPE text may be split, specs, messages."""
+import hashlib
 import json
 import random
 import re
@@ -267,6 +268,18 @@ def test_if_gpt2s_file_cannot_be_downloaded_the_error_names_the_cache_folder(mon
     monkeypatch.setattr(load, 'read_file_cached', refuse)
     with pytest.raises(SystemExit, match='TIKTOKEN_CACHE_DIR'):
         tokenizer.gpt2().encode('x')
+
+
+def test_that_error_names_the_file_as_tiktokens_cache_expects_it(monkeypatch, tmp_path):
+    load = pytest.importorskip('tiktoken.load')
+    name = hashlib.sha1(tokenizer.GPT2_MERGES[0].encode()).hexdigest()
+    monkeypatch.setenv('TIKTOKEN_CACHE_DIR', str(tmp_path))
+    monkeypatch.setattr(load, 'read_file', lambda url: (_ for _ in ()).throw(ConnectionError('no network')))
+    with pytest.raises(SystemExit, match=f'save {tokenizer.GPT2_MERGES[0]} as FOLDER/{name} and set'):
+        tokenizer.gpt2().encode('x')
+    (tmp_path / name).write_bytes(b'saved by hand')
+    sha256 = hashlib.sha256(b'saved by hand').hexdigest()
+    assert load.read_file_cached(tokenizer.GPT2_MERGES[0], sha256) == b'saved by hand'
 
 
 def test_a_model_can_be_trained_on_gpt2s_ids_without_tiktoken(monkeypatch):

@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from configurator import UserError, configure, find_path
 from lib.machine import device as devices
 from lib.text import dialogue
+from lib.training import log
 from lib.weights.load_model import load_model
 from model import KVCache
 
@@ -69,7 +70,8 @@ def main(argv=None):
     for task, language, before, question, truth in questions(held_out()):
         ids = dialogue.prompt_ids(tok, '', before, question, marks)
         by_length.setdefault(len(ids), []).append((f'{task:<9}{language}', question, truth, ids))
-    for group in by_length.values():
+    print(f'asking {sum(map(len, by_length.values())):,} questions', flush=True)
+    for group in log.progress(by_length.values(), len(by_length), 'lengths of questions'):
         found = answers(model, tok, [ids for *_, ids in group], marks['end'], settings['device'])
         for (kind, question, truth, _), answer in zip(group, found, strict=True):
             asked[kind] += 1

@@ -240,9 +240,9 @@ def gpt2():
             from tiktoken.load import read_file_cached
             merges = read_file_cached(*GPT2_MERGES).decode()  # a title, then one pair per line in the order of ids
         except Exception as error:  # network and file errors of several libraries
-            raise UserError(f"GPT-2's BPE file could not be loaded ({type(error).__name__}: {str(error)[:100]}); go "
-                            'online once, or set TIKTOKEN_CACHE_DIR to a folder that contains it; char and byte '
-                            'tokenizers need no files') from None
+            raise UserError(f"GPT-2's BPE file could not be loaded. Go online once; or save {GPT2_MERGES[0]} as FOLDER/"
+                            '6d1cbeee0f20b3d9449abfede4726ed8212e3aee and set TIKTOKEN_CACHE_DIR=FOLDER; char, byte '
+                            f'and bpe need no files. Reason: {type(error).__name__}: {str(error)[:100]}') from None
         letters, line_end = byte_letters(), chr(0x200)
         read = str.maketrans({**letters, ' ': '', '\n': line_end})
         return _encoding(tiktoken, 'gpt2', [*letters.values(), *merges.translate(read).split(line_end)[1:-1]])
