@@ -53,6 +53,11 @@ def test_the_tests_that_execute_a_line_run_with_the_fastest_first():
     assert list(mutants.tests_of(None, recorded)) == ['b', 'c', 'a']
 
 
+def test_modules_of_the_repository_are_imported_anew_for_the_tests():
+    assert [name for name in ('model', 'lib.generate', 'configurator', 'kit', 'tests.kit', 'torch.nn', 'json')
+            if mutants.ours(name)] == ['model', 'lib.generate', 'configurator', 'kit', 'tests.kit']
+
+
 @pytest.fixture
 def toy(tmp_path, monkeypatch):
     """A module toy and its apply(old text, new text), which puts a mutant in place and says if anything differs."""
