@@ -204,6 +204,16 @@ def test_clipping_a_deeper_model_takes_no_more_operations():
     assert 0 < count(4) == count(2) < 10
 
 
+def test_clipping_keeps_the_dtype_of_each_gradient():
+    net = tiny()
+    net.transformer.wpe.double()
+    for p in net.parameters():
+        p.grad = torch.ones_like(p)
+    norm = clip_grad_norm_(net.parameters(), 0.5)
+    assert float(norm) == pytest.approx(sum(p.numel() for p in net.parameters()) ** 0.5)
+    assert all(p.grad.dtype == p.dtype for p in net.parameters())
+
+
 def test_clipping_where_nothing_has_a_gradient_gives_a_norm_of_0():
     assert clip_grad_norm_(tiny().parameters(), 1.0) == 0
 
