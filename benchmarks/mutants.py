@@ -4,7 +4,8 @@
     python -m benchmarks.mutants --per_module=20                  a sample, the same one for the same --seed
     python -m benchmarks.mutants --modules=model.py,kernels.py
 
-A mutant that no test notices is printed with its line. docs/testing.md says how to read the result.
+A mutant that no test notices is printed with its line. docs/testing.md says how to read the result. Those that change
+nothing that a test should notice are listed with the reason in equivalent_mutants.json, and count neither way.
 
 Each mutant is a fork of a process that has imported torch, in a copy of the repository, and runs the tests that execute
 the changed line, the fastest first, until one fails.
@@ -38,6 +39,7 @@ seed = 0  # of the sample
 out = 'mutants.json'  # file for the results
 again = ''  # such a file: test only its survivors
 
+EQUIVALENT = REPO / 'benchmarks/equivalent_mutants.json'  # {module: {changed line: why no test should notice}}
 TESTS = {  # the test files that should notice
     'lib/tasks.py': ('tasks', 'evaluate', 'hostile'),
     'lib/training/optim.py': ('optim', 'guard', 'hostile', 'train'),
@@ -178,6 +180,12 @@ def compiles(source, mutant):
         return False
 
 
+def ours(module):
+    """Return whether a module, by its name, is part of this repository."""
+    top = module.split('.')[0]
+    return any((folder / top).is_dir() or (folder / f'{top}.py').exists() for folder in (REPO, REPO / 'tests'))
+
+
 def fork(tree, name, plugin):
     """Fork a process that gives a pytest plugin the tests of the module `name` in a copy of the repository.
 
@@ -193,7 +201,7 @@ def fork(tree, name, plugin):
         os.chdir(tree)
         os.environ['PYTHONPATH'] = str(tree)
         sys.path[:] = [str(tree)] + [p for p in sys.path if p not in ('', str(REPO))]
-        for module in [m for m in sys.modules if m.split('.')[0] in ('configurator', 'lib')]:
+        for module in [m for m in sys.modules if ours(m) and not m.startswith('benchmarks')]:
             del sys.modules[module]
         import pytest
         files = [f'tests/test_{room}.py' for room in TESTS[name]]
@@ -221,7 +229,8 @@ def record(tree, name):
     recorded = json.loads(out.read_text(encoding='utf-8'))
     for module in recorded['modules']:
         with contextlib.suppress(Exception):
-            importlib.import_module(module)
+            if not ours(module):
+                importlib.import_module(module)
     return recorded['tests']
 
 
@@ -271,7 +280,7 @@ def main():
         trees = [copy_tree(Path(folder).resolve() / f'tree{i}') for i in range(workers)]
         for name in chosen:
             results[name] = run_module(name, trees, earlier.get(name))
-            Path(out).write_text(json.dumps(results, indent=1), encoding='utf-8')
+            Path(out).write_text(json.dumps(results, indent=1), encoding='utf-8')  # what is done so far
     print_table(results)
 
 
@@ -302,20 +311,24 @@ def run_module(name, trees, earlier):
         raise UserError(f'{name}: no verdict on {len(missing)} mutants, the first at line {found[missing[0]].line}')
     unapplied = [m for i, m in enumerate(found) if verdicts.get(i) == 'unapplied']
     survivors = [m for i, m in enumerate(found) if verdicts.get(i, 'passed') == 'passed']
+    reasons = json.loads(EQUIVALENT.read_text(encoding='utf-8')).get(name, {})
+    equivalent = [m for m in survivors if m.after.strip() in reasons]
     for m in survivors:
-        print(f'{name}:{m.line}: {m.kind}: {m.after.strip()}', flush=True)
-    return {'mutants': len(found) - len(unapplied), 'caught': len(found) - len(unapplied) - len(survivors),
+        reason = reasons.get(m.after.strip())
+        print(f'{name}:{m.line}: {m.kind}: {m.after.strip()}' + f'  # equivalent: {reason}' * bool(reason), flush=True)
+    n = len(found) - len(unapplied) - len(equivalent)
+    return {'mutants': n, 'caught': n + len(equivalent) - len(survivors), 'equivalent': len(equivalent),
             'late': [asdict(m) for i, m in enumerate(found) if verdicts.get(i) == 'late'],
             'unapplied': [asdict(m) for m in unapplied], 'minutes': (time.monotonic() - began) / 60,
             'survivors': [{**asdict(m), 'tests': len(tests[found.index(m)])} for m in survivors]}
 
 
 def print_table(results):
-    """Print mutants, caught mutants and minutes per module."""
-    print(f'{"module":<28}{"mutants":>8}{"caught":>8}{"":>7}{"minutes":>9}')
-    rows = [(name, r['mutants'], r['caught'], r['minutes']) for name, r in results.items()]
-    for name, n, caught, minutes in [*rows, ('all', *map(sum, list(zip(*rows))[1:]))]:
-        print(f'{name:<28}{n:>8}{caught:>8}{caught / max(1, n):>7.1%}{minutes:>9.1f}')
+    """Print per module: mutants, those of them that were caught, further ones that are equivalent, and minutes."""
+    print(f'{"module":<28}{"mutants":>8}{"caught":>8}{"":>7}{"equivalent":>12}{"minutes":>9}')
+    rows = [(name, r['mutants'], r['caught'], r['equivalent'], r['minutes']) for name, r in results.items()]
+    for name, n, caught, equivalent, minutes in [*rows, ('all', *map(sum, list(zip(*rows))[1:]))]:
+        print(f'{name:<28}{n:>8}{caught:>8}{caught / max(1, n):>7.1%}{equivalent:>12}{minutes:>9.1f}')
 
 
 if __name__ == '__main__':

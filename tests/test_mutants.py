@@ -1,6 +1,7 @@
 """benchmarks/mutants.py: which mutants there are, which tests may notice them, and how they are put in place."""
 import gc
 import importlib
+import json
 import sys
 from types import FunctionType
 
@@ -51,6 +52,17 @@ def test_the_tests_that_execute_a_line_run_with_the_fastest_first():
     recorded = {'a': [3.0, [1, 2]], 'b': [1.0, [2, 3]], 'c': [2.0, [4]]}
     assert list(mutants.tests_of({2}, recorded)) == ['b', 'a'] and mutants.tests_of({9}, recorded) == {}
     assert list(mutants.tests_of(None, recorded)) == ['b', 'c', 'a']
+
+
+def test_every_equivalent_mutant_is_one_that_there_is():
+    for name, reasons in json.loads(mutants.EQUIVALENT.read_text(encoding='utf-8')).items():
+        there = {m.after.strip() for m in mutants.mutants_of(mutants.REPO / name)}
+        assert reasons.keys() <= there and all(reasons.values()), name
+
+
+def test_modules_of_the_repository_are_imported_anew_for_the_tests():
+    assert [name for name in ('model', 'lib.generate', 'configurator', 'kit', 'tests.kit', 'torch.nn', 'json')
+            if mutants.ours(name)] == ['model', 'lib.generate', 'configurator', 'kit', 'tests.kit']
 
 
 @pytest.fixture
