@@ -16,7 +16,8 @@ from model import CHOICES, GPT, GPTConfig, KVCache
 MODERN = dict(pos='rope', norm='rmsnorm', mlp='swiglu', qk_norm=True, tie_weights=False, softcap=15.0, smear=True,
               bias=False)
 OPTIONS = [{}, MODERN, dict(bias=False), dict(qk_norm=True), dict(tie_weights=False), dict(softcap=15.0),
-           dict(smear=True), dict(window=3), *({name: choice} for name, choices in CHOICES.items() for choice in choices[1:])]
+           dict(smear=True), dict(window=3), {**MODERN, 'window': 3},
+           *({name: choice} for name, choices in CHOICES.items() for choice in choices[1:])]
 RULES = [dict(temperature=0), dict(top_k=5, repetition_penalty=1.3, no_repeat_ngram=3, valid_vocab=12)]
 
 
