@@ -240,13 +240,16 @@ def _window_attention(q, k, v, dropout_p, window):
     return y.view(B, nh, -1, hs)[:, :, :T]
 
 
-def causal_attention(q, k, v, dropout_p=0.0, window=0):
+def causal_attention(q, k, v, dropout_p=0.0, window=0, mask=None):
     """softmax(q k^T / sqrt(hs) + mask) v: the last T of S positions attend to themselves and those before them.
 
     q: (B, nh, T, hs). k, v: (B, nh, S, hs). Returns (B, nh, T, hs). window: attend only to the last `window`
-    positions, itself included; 0 = to all. Uses torch's fused kernel, except on a CPU with T = S <= 512 in training,
-    in bfloat16 or with dropout: there the products written out are faster.
+    positions, itself included; 0 = to all. mask: one to add in place of these two rules, (T, S). Uses torch's fused
+    kernel, except on a CPU with T = S <= 512 in training, in bfloat16 or with dropout: there the products written out
+    are faster.
     """
+    if mask is not None:
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p)
     T, S = q.size(2), k.size(2)
     if 0 < window < T == S:
         return _window_attention(q, k, v, dropout_p, window)

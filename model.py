@@ -112,11 +112,11 @@ class KVCache:
         self.pos = 0
 
     def update(self, layer, k, v):
-        """Store k and v (B, nh, T, hs) of a layer after `pos`; return all of its keys and values (B, nh, S, hs)."""
+        """Store k, v (B, nh, T, hs) of a layer after `pos`; return all keys and values (B, nh, S, hs), and a mask."""
         end = self.pos + k.size(2)
         self.k[layer][:, :, self.pos:end] = k
         self.v[layer][:, :, self.pos:end] = v
-        return self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        return self.k[layer][:, :, :end], self.v[layer][:, :, :end], None  # None: causal
 
 
 class Linear(nn.Linear):
@@ -160,12 +160,12 @@ class CausalSelfAttention(nn.Module):
         if rope is not None:
             qk = apply_rotary_emb(qk, rope)
         (q, k), v = qk.unbind(2), v.squeeze(2)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, nh, T, hs) each
+        q, k, v, mask = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None  # (B, nh, T, hs) each
         if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, nh, S, hs)
+            k, v, mask = cache.update(self.layer, k, v)  # (B, nh, S, hs)
             q = q.contiguous().to(k.dtype)  # contiguous: Metal's kernel of torch < 2.12 misreads other layouts
         # softmax(q k^T / sqrt(hs)) v, where a position sees only itself and those before it
-        y = kernels.causal_attention(q, k, v, self.dropout if self.training else 0.0, self.window)  # (B, nh, T, hs)
+        y = kernels.causal_attention(q, k, v, self.dropout if self.training else 0.0, self.window, mask)  # as q
         y = y.transpose(1, 2).reshape(B, T, C)  # the heads side by side
         return self.resid_dropout(self.c_proj(y))
 
@@ -258,12 +258,13 @@ class GPT(nn.Module):
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
-    def forward(self, idx, targets=None, cache=None, return_logits=False):
+    def forward(self, idx, targets=None, cache=None, return_logits=False, positions=None):
         """Predict the next token at every position of idx (B, T); return (logits, loss).
 
         Training: targets (B, T), -1 where no loss is wanted, give (None, mean cross-entropy in nats); all logits
         (B, T, V) need not be in memory then. return_logits=True returns them, too. Generation: without targets,
         (logits of the last position (B, 1, V), None). cache: a KVCache with the positions before idx; it grows by T.
+        positions: those of idx as a tensor (T,), where they are not to be read from cache.pos; see lib/decode.py.
         Raises ValueError if the context is longer than block_size.
         """
         T, start = idx.size(1), cache.pos if cache is not None else 0
@@ -273,11 +274,10 @@ class GPT(nn.Module):
         x = self.transformer.wte(idx)  # (B, T, C)
         if self.smear is not None:
             x = self._smear(x, cache)
-        rope = None
-        if self.rope is not None:
-            rope = self.rope[:, start:start + T].to(self.dtype)
-        else:
-            x = x + self.transformer.wpe.weight[start:start + T]
+        positions = slice(start, start + T) if positions is None else positions
+        rope = None if self.rope is None else self.rope[:, positions].to(self.dtype)
+        if rope is None:
+            x = x + self.transformer.wpe.weight[positions]
         x = self.transformer.drop(x)
         for block in self.transformer.h:
             if self.checkpoint_activations and self.training:

@@ -17,7 +17,6 @@ from lib.generate import generate_text
 from lib.machine import console, runtime
 from lib.machine import device as devices
 from lib.text.prompt import encode_prompt, fit_to_vocabulary, read_prompt, typed
-from lib.weights import int8
 from lib.weights.load_model import load_model
 
 # model
@@ -90,10 +89,8 @@ def show(pieces, prompt, live):
 def main(argv=None):
     settings = configure(globals(), argv, early={'device': devices.pick_device}, check=check)
     rt = runtime.start(settings)
-    model, tok, state = load_model(init_from, out_dir, rt.dtype)
+    model, tok, state = load_model(init_from, out_dir, torch.int8 if dtype == 'int8' else rt.dtype)
     model = model.to(rt.device, rt.dtype)
-    if dtype == 'int8':
-        int8.quantize_model(model)
     if compile:
         model = torch.compile(model)
     prompt = read_prompt(start)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from lib import decode as decoding
 from lib.generate import generate
 from lib.training.optim import make_optimizer
 from model import GPT, GPTConfig
@@ -115,7 +116,17 @@ def sync():
 
 
 def decode():
-    """Tokens/s of one sequence, the first time (each length is new) and again, with cuDNN's attention and without."""
+    """The text of the CUDA graph against that without; tokens/s of one sequence, with and without cuDNN's attention.
+
+    Each length is new the first time, and not the second.
+    """
+    model, texts = make_model(SMALL, **MODERN).eval(), []
+    for devices in (decoding.DEVICES, ()):
+        decoding.DEVICES, before = devices, decoding.DEVICES
+        steps = list(generate(model, [1], 3, 2 * SMALL['block_size'], temperature=0))
+        texts.append(torch.stack(steps).tolist())
+        decoding.DEVICES = before
+    print('decode, graph: the text', 'is equal' if texts[0] == texts[1] else 'differs BAD')
     model = make_model(FULL).eval().to(DEVICE, torch.bfloat16 if CUDA else torch.float32)
     n_tokens = 200 if CUDA else 10
     for cudnn in (True, False):

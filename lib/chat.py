@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from lib.decode import Reader, make_cache
 from lib.generate import StreamDecoder, forbid_repeated_ngrams, sample_next_token
 from lib.text import dialogue
 from lib.text.prompt import typed
-from model import KVCache
 
 HELP = '/reset forgets the conversation, /quit ends it; Ctrl-C stops an answer'
 
@@ -37,7 +37,7 @@ class Conversation:
     def reset(self):
         """Forget everything that was said."""
         self.exchanges, self.n_answers = [], 0
-        self.read, self.cache = [], None  # read: the ids in the cache
+        self.read, self.cache, self.reader = [], None, None  # read: the ids in the cache
 
     def prompt(self, question):
         """Return the ids to answer after; drops the oldest exchanges until they leave room for an answer.
@@ -76,13 +76,14 @@ class Conversation:
         self.n_answers += 1
         if self.cache is None or ids[:len(self.read)] != self.read:  # the beginning changed: read everything again
             dtype = torch.float32 if self.device.type == 'cpu' else self.model.dtype
-            self.cache, self.read = KVCache(self.model.config, 1, self.device, dtype), []
+            self.cache, self.read = make_cache(self.model, 1, dtype), []
+            self.reader = Reader(self.model, self.cache)
         new, seen = ids[len(self.read):], None
         if self.rules.get('repetition_penalty', 1.0) != 1:
             seen = torch.zeros(1, V, dtype=torch.bool, device=self.device)
             seen[0, ids] = True
         for n in range(self.max_new_tokens):
-            logits, _ = self.model(torch.tensor([new], device=self.device), cache=self.cache)
+            logits = self.reader(torch.tensor([new], device=self.device))
             self.read += new
             logits = logits[:, -1, :V].float()  # (1, V)
             if self.no_repeat_ngram:

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from lib.decode import Reader, make_cache
 from lib.machine import device
-from model import KVCache
 
 KEEP_ON_SLIDE = 1 / 2  # fraction of a full context that is kept when it slides; more is slower and no more accurate
 SYNC_EVERY = 16  # tokens between two reads of the output; each read synchronises with the GPU
@@ -97,11 +97,11 @@ def random_numbers(seed, num_samples, n):
 
 def prefill(model, prompt, num_samples, dtype):
     """Let the model read prompt (1, T) once; return (logits (1, 1, V), a KVCache of num_samples rows)."""
-    one = KVCache(model.config, 1, prompt.device, dtype)
+    one = make_cache(model, 1, dtype)
     logits, _ = model(prompt, cache=one)
     if num_samples == 1:
         return logits, one
-    cache = KVCache(model.config, num_samples, prompt.device, dtype)
+    cache = make_cache(model, num_samples, dtype)
     for target, source in zip(cache.k + cache.v, one.k + one.v):  # (B, nh, S, hs) and (1, nh, S, hs) of each layer
         target[:, :, :one.pos] = source[:, :, :one.pos]
     cache.pos = one.pos
@@ -132,11 +132,12 @@ def generate(model, prompt, num_samples, max_new_tokens, *, valid_vocab=None, se
     for end in range(T, T + max_new_tokens):
         if cache is None:
             logits, cache = prefill(model, idx[:1, max(0, T - block_size):T], num_samples, dtype)
+            read = Reader(model, cache)
         elif cache.pos < block_size:
-            logits, _ = model(idx[:, end - 1:end], cache=cache)
+            logits = read(idx[:, end - 1:end])
         else:
             cache.pos = 0
-            logits, _ = model(idx[:, end - kept:end], cache=cache)
+            logits = read(idx[:, end - kept:end])
         logits = logits[:, -1, :valid_vocab].float().expand(num_samples, -1)  # (B, V)
         if no_repeat_ngram:
             logits = forbid_repeated_ngrams(logits, idx[:, :end], no_repeat_ngram)

@@ -93,3 +93,8 @@ def test_every_training_config_trains(run, workdir, name, device):
                '--max_iters=2', '--out_dir=out', '--compile=False')
     assert done.status == 0, done.err
     assert 'step 2: train loss' in done.out
+
+
+def test_the_modern_gpt2_has_heads_of_128_and_the_classic_one_its_64():
+    sizes = {name: settings_of(name, device='cuda') for name in ('train_gpt2_modern.py', 'train_gpt2.py')}
+    assert [s['n_embd'] // s['n_head'] for s in sizes.values()] == [128, 64]

@@ -109,8 +109,9 @@ def save(path, state, keep_previous=False, link_as=None):
 
 @torch.no_grad()
 def has_nan(model):
-    """Return whether a parameter of `model` holds NaN or infinity. Under FSDP this rank looks at its own shards."""
-    shards = (p.to_local() if hasattr(p, 'to_local') else p for p in model.parameters())
+    """Return whether a weight of `model` holds NaN or infinity. Under FSDP this rank looks at its own shards."""
+    weights = (t for t in (*model.parameters(), *model.buffers()) if t.is_floating_point())  # buffers: int8's scales
+    shards = (t.to_local() if hasattr(t, 'to_local') else t for t in weights)
     wider = {torch.float16: torch.float32}  # a sum of float16 may overflow
     return any(not torch.isfinite(p.sum(dtype=wider.get(p.dtype))) for p in shards)  # a sum needs no extra memory
 

@@ -11,7 +11,7 @@ import torch.nn as nn
 
 from configurator import UserError, find_path
 from lib.text.schema import parse_json, read_json, spec_problem
-from lib.weights import schema
+from lib.weights import int8, schema
 from lib.weights.archive import read_archive, strip_prefix
 from model import GPT, GPTConfig
 
@@ -171,7 +171,7 @@ class Source:
 
     @torch.no_grad()
     def load(self, dropout=0.0, block_size=0, dtype=torch.float32):
-        """Return the GPT in eval mode on the CPU, with weights of `dtype`.
+        """Return the GPT in eval mode on the CPU, with weights of `dtype`; int8 is for sampling only (int8.py).
 
         block_size: the context to crop it to; 0 = all. The files are mapped and copied one tensor at a time, so that
         memory holds the model once. UserError names the file or tensor that is missing or wrong.
@@ -183,7 +183,8 @@ class Source:
         if self.folder and size > 1000 and (problem := schema.size_problem(config, size, size // 1000)):
             raise self.error(f'config.json does not belong to {paths[0]}: {problem} bytes')
         model = uninitialized(config, dtype)
-        missing = dict(model.named_parameters())
+        quantized = dtype == torch.int8
+        missing = int8.use_int8(model) if quantized else dict(model.named_parameters())
         for path in paths:
             for name, tensor in self._tensors(path):
                 plain = strip_prefix(name).removeprefix('transformer.')
@@ -192,7 +193,8 @@ class Source:
                     continue  # buffers of the causal mask
                 if problem := schema.tensor_problem(tensor):
                     raise self.error(f'{path}: {name} {problem}')
-                tensor = tensor.to(dtype)  # before the transposition: torch transposes fast if the dtypes agree
+                if not quantized:
+                    tensor = tensor.to(dtype)  # before the transposition: torch transposes fast if the dtypes agree
                 if plain == 'lm_head.weight':
                     head = tensor
                     continue
@@ -209,8 +211,11 @@ class Source:
                 target.copy_(tensor)
         if missing:
             raise self.error(f'{path} lacks {len(missing)} tensors of the model, e.g. {next(iter(missing))}')
-        if head is not None and not torch.equal(head, model.transformer.wte.weight):
+        embedding = model.transformer.wte.weight
+        if head is not None and not torch.equal(head.to(embedding.dtype), embedding):
             raise self.error(f'{path}: lm_head.weight differs from the embedding, which is the output head of a GPT-2')
+        if quantized:
+            model.lm_head.copy_(embedding)
         if block_size:
             crop_block_size(model, block_size)
         return model.eval()
@@ -236,9 +241,9 @@ class Source:
 
 
 def uninitialized(config, dtype=torch.float32):
-    """Return a GPT whose weights, of `dtype`, are undefined; the caller fills them all."""
+    """Return a GPT whose weights, of `dtype` (bfloat16 for int8), are undefined; the caller fills them all."""
     default = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
+    torch.set_default_dtype(torch.bfloat16 if dtype == torch.int8 else dtype)
     try:
         return GPT(config, init=False)
     finally:

@@ -7,7 +7,7 @@ import torch
 
 from configurator import UserError, find_path
 from lib.text import data_folder, tokenizer
-from lib.weights import checkpoint, gpt2, lora, schema
+from lib.weights import checkpoint, gpt2, int8, lora, schema
 from lib.weights.checkpoint import has_nan
 from model import GPTConfig, Linear
 
@@ -50,7 +50,7 @@ def load_model(init_from, out_dir, dtype=torch.float32):
 
     init_from: 'resume' reads out_dir/ckpt.pt, and the name of a run's folder reads its ckpt.pt; gpt2* and other
     folders are GPT-2 weights, whose checkpoint is {}, or {'chat': marks} if they answer questions. dtype: of the
-    weights. UserError if there is no such model, or if it cannot be used.
+    weights; int8 is for sampling only (int8.py). UserError if there is no such model, or if it cannot be used.
     """
     source = Run(init_from, Path(out_dir) / 'ckpt.pt') if init_from == 'resume' else find(init_from)
     if isinstance(source, Run):
@@ -91,6 +91,8 @@ def model_from_checkpoint(state, path, dtype=torch.float32, assign=False, **over
         model = gpt2.uninitialized(config, dtype)
         if rank := lora.rank_of(state['model']):
             lora.adapt(model, rank)
+        if dtype == torch.int8:
+            int8.use_int8(model)
     except (TypeError, ValueError) as error:
         raise UserError(f'{path}: model_args do not describe a model of this program: {error}') from error
     if mismatch := state_dict_mismatch(model.state_dict(), state['model']):
