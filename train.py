@@ -26,6 +26,7 @@ from lib.training.guard import Guard
 from lib.training.optim import clip_grad_norm_, decay_for_epochs, load_optimizer_state, make_optimizer
 from lib.training.trackers import open_trackers
 from lib.weights import checkpoint, load_model, lora
+from lib.weights.saver import Saver
 from model import GPT, GPTConfig
 
 # output
@@ -284,7 +285,7 @@ def main(signals):
     tok = tokenizer.from_spec(data.tokenizer) if sample_interval else None
     peak_flops = devices.peak_flops(rt, peak_tflops)
     guard, bar = Guard(rt, scaler, out_dir, p.iter_num), log.progress_bar(100, show=rt.is_master)
-    minutes_before, status = p.minutes, 0
+    saver, minutes_before, status = Saver(rt, out_dir, lock, p.iter_num, say, warn), p.minutes, 0
     elapsed, updates, tokens = 0.0, 0, 0  # since the last printed line; seconds without evaluation and saving
 
     def minutes_now():
@@ -296,7 +297,7 @@ def main(signals):
             log.append_log(f'{out_dir}/log.jsonl', record)
             track({f'{kind}/{key}': value for key, value in record.items() if key != 'val_data'}, p.iter_num)
 
-    def save(as_best, required):
+    def save(as_best, required, wait=True):
         """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. required: a failure ends the run."""
         state = {**vars(p), 'minutes': minutes_now(), 'model_args': raw_model.config.model_args(),
                  'model': distributed.full_state_dict(raw_model, rt.is_master),
@@ -304,8 +305,7 @@ def main(signals):
                  'config': dict(settings), 'origins': settings.kinds(), 'format': checkpoint.FORMAT,
                  'tokenizer': data.tokenizer, 'chat': data.marks, 'data': data.fingerprint(), 'rng': rt.rng_states(),
                  'scaler': scaler.state_dict()}
-        if checkpoint.save_run(rt, out_dir, state, raw_model, as_best=as_best, required=required, say=say, warn=warn):
-            guard.saved_iter = p.iter_num
+        guard.saved_iter = saver.save(state, raw_model, as_best, required, wait)
 
     rt.interrupted = lambda: signals.level > 1
     with signals.held():
@@ -336,7 +336,7 @@ def main(signals):
                     warn('overfitting: the validation loss has risen above its best while the training loss fell; best '
                          f'is iter {curves.best_step(p.history)}{", in ckpt.pt" * (not always_save_checkpoint)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
-                save(as_best=better or always_save_checkpoint, required=last)
+                save(as_best=better or always_save_checkpoint, required=last, wait=False)
             if last and (evaluated or not ending):
                 break
             if signal:

@@ -5,6 +5,7 @@ to use, last.pt the newest training state and last.prev.pt the previous one.
 """
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import socket
@@ -51,14 +52,14 @@ def _link(source, target):
             shutil.copyfile(source, temporary)
 
 
-def _n_bytes(value):
+def n_bytes(value):
     """Return the bytes of all tensors in `value`."""
     if isinstance(value, torch.Tensor):
         return value.numel() * value.element_size()
     if isinstance(value, dict):
-        return sum(map(_n_bytes, value.values()))
+        return sum(map(n_bytes, value.values()))
     if isinstance(value, (list, tuple)):
-        return sum(map(_n_bytes, value))
+        return sum(map(n_bytes, value))
     return 0
 
 
@@ -99,7 +100,7 @@ def save(path, state, keep_previous=False, link_as=None):
     except (OSError, RuntimeError, MemoryError) as error:  # torch's zip writer reports a full disk as a RuntimeError
         space = ''
         if getattr(error, 'errno', errno.ENOSPC) in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            space = f': it needs about {_n_bytes(state) / 2**30:.2f} GiB, {_free_space(path.parent)}'
+            space = f': it needs about {n_bytes(state) / 2**30:.2f} GiB, {_free_space(path.parent)}'
         raise UserError(f'could not write {path}{space} ({first_line(error) or type(error).__name__}). '
                         f'What {path.name} held before is unchanged.') from error
     if missed:
@@ -116,36 +117,44 @@ def has_nan(model):
     return any(not torch.isfinite(p.sum(dtype=wider.get(p.dtype))) for p in shards)  # a sum needs no extra memory
 
 
-def save_run(rt, out_dir, state, model, *, as_best, required, say=print, warn=print):
+def save_run(rt, out_dir, state, model, *, as_best, required, say=print, warn=print, run=None):
     """Write the run's state to out_dir/last.pt; rank 0 writes, every rank must call it. Returns whether it was saved.
 
     state: the checkpoint, complete on rank 0. model: the model whose weights it holds; if they are not all finite,
     nothing is written. as_best: make ckpt.pt the same file; a model with adapters is merged and written there instead.
     required: a failure is a UserError on every rank; otherwise it is a warning. say, warn: functions that print a line.
+    run: a function that is given the one that writes, and returns why it failed, or ''; see Saver.
     """
     failure = ''
     if rt.all_reduce_max(has_nan(model))[0]:
         failure = f'the weights of iter {state["iter_num"]} are not finite; they were not saved'
     elif rt.is_master:
         say(f'saving checkpoint to {out_dir}')
-        best, adapted = Path(out_dir, 'ckpt.pt'), lora.rank_of(state['model']) > 0
-        try:
-            if not Path(out_dir).is_dir():  # renamed, or on a share that was unmounted
-                Path(out_dir).mkdir(parents=True)
-                warn(f'{out_dir} has disappeared during the run; it was created again, and the run is saved there')
-            if as_best and adapted:
-                save(best, {**state, 'model': lora.merged(state['model'])})
-            save(Path(out_dir, 'last.pt'), state, keep_previous=True, link_as=best if as_best and not adapted else None)
-        except UserError as error:
-            failure = error.message
-        except OSError as error:
-            failure = f'could not write {out_dir}: {error.strerror}'
+        write = functools.partial(_write_run, out_dir, state, as_best, warn)
+        failure = run(write) if run else write()
     if failure and not required:
         warn(failure)
     failed = rt.all_reduce_max(bool(failure))[0]
     if failed and required:
         raise UserError(failure or 'rank 0 could not save')
     return not failed
+
+
+def _write_run(out_dir, state, as_best, warn):
+    """Write what save_run saves; return why it failed, or ''."""
+    best, adapted = Path(out_dir, 'ckpt.pt'), lora.rank_of(state['model']) > 0
+    try:
+        if not Path(out_dir).is_dir():  # renamed, or on a share that was unmounted
+            Path(out_dir).mkdir(parents=True)
+            warn(f'{out_dir} has disappeared during the run; it was created again, and the run is saved there')
+        if as_best and adapted:
+            save(best, {**state, 'model': lora.merged(state['model'])})
+        save(Path(out_dir, 'last.pt'), state, keep_previous=True, link_as=best if as_best and not adapted else None)
+    except UserError as error:
+        return error.message
+    except OSError as error:
+        return f'could not write {out_dir}: {error.strerror}'
+    return ''
 
 
 def load(path, mmap=False):
