@@ -25,6 +25,8 @@ class UserError(SystemExit):
     """
 
     def __init__(self, message):
+        if len(message) > 2000:  # a value of a file may be as long as the file
+            message = f'{message[:1000]} ... {message[-500:]}'
         super().__init__(f'error: {message}')
         self.message = message
 

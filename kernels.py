@@ -82,7 +82,7 @@ def _dropout_mask(x, p):
 
     One 64-bit random number serves four elements (16 bits each).
     """
-    threshold, n = round(p * 65536), x.numel()
+    threshold, n = min(round(p * 65536), 65535), x.numel()  # never all
     bits = torch.empty(-(-n // 4), dtype=torch.int64).random_(-2**63, None).view(torch.int16)[:n].view(x.shape)
     return (bits >= threshold - 32768).to(x.dtype).mul_(65536 / (65536 - threshold))
 

@@ -12,6 +12,7 @@ import shutil
 from pathlib import Path
 
 from configurator import UserError, configure
+from lib.machine.console import reason
 from lib.training import curves, log, sweep_plot, sweep_results
 
 out_dir = 'out'  # folders of training runs, relative to the working directory
@@ -72,22 +73,22 @@ def summary(run, width=80):
 def main():
     configure(globals(), check=check, words='out_dir')
     folders = out_dir.split('\n')
-    if len(folders) == 1 and sweep_results.find(folders[0]):
-        return print(f'wrote {sweep_plot.draw(folders[0], output)}')
-    runs = read_runs(folders)
-    for run in runs:
-        print(summary(run, shutil.get_terminal_size().columns))
-    if note := curves.comparison_note(runs):
-        print(f'note: {note}')
     path = Path(output or (f'{out_dir}/loss.png' if len(folders) == 1 else 'compare.png'))
     try:
-        note = curves.draw(runs, path, axis)
+        if len(folders) == 1 and sweep_results.find(folders[0]):
+            return print(f'wrote {sweep_plot.draw(folders[0], output)}')
+        runs = read_runs(folders)
+        for run in runs:
+            print(summary(run, shutil.get_terminal_size().columns))
+        if note := curves.comparison_note(runs):
+            print(f'note: {note}')
+        if note := curves.draw(runs, path, axis):
+            print(note)
     except ImportError:
         raise UserError('the picture needs the package matplotlib: pip install matplotlib') from None
-    except OSError as error:
-        raise UserError(f'could not write {path} ({error.strerror}); choose another --output=FILE.png') from None
-    if note:
-        print(note)
+    except (OSError, ValueError) as error:  # ValueError: a kind of picture that matplotlib does not know
+        raise UserError(f'could not write {path} ({getattr(error, "strerror", None) or reason(error)}); choose another '
+                        '--output=FILE.png') from None
     print(f'wrote {path}')
 
 

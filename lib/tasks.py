@@ -60,8 +60,9 @@ def _item_problem(task, item):
             return f'ctx is a {type(item["ctx"]).__name__}, expected a text'
         if type(endings) is not list or not endings:
             return f'endings is {str(endings)[:40]!r}, expected a list of texts'
-        if not str(item['label']).isdecimal() or int(item['label']) >= len(endings):
-            return f'label is {str(item["label"])[:40]!r}, expected 0 to {len(endings) - 1}'
+        label = str(item['label'])
+        if not label.isdecimal() or len(label) > 9 or int(label) >= len(endings):
+            return f'label is {label[:40]!r}, expected 0 to {len(endings) - 1}'
         texts.update({f'ending {i}': ending for i, ending in enumerate(endings)})
     for key, text in texts.items():
         if type(text) is not str or not text.strip():

@@ -40,7 +40,7 @@ class Job:
                         break
         except UserError as error:
             end = 'error', error.message
-        except Exception as error:  # a bug: report it to the page and print the traceback
+        except BaseException as error:  # a bug: report it and print the traceback; Rust's panics are no Exception
             end = 'error', f'{type(error).__name__}: {str(error)[:300]}'
             threading.excepthook(threading.ExceptHookArgs((type(error), error, error.__traceback__, None)))
         finally:

@@ -15,8 +15,9 @@ from itertools import chain, islice
 import numpy as np
 
 from configurator import UserError
+from lib.machine.console import reason
 from lib.text import dialogue, read_text
-from lib.text.tokenizer import encoded, from_spec
+from lib.text.tokenizer import TextError, encoded, from_spec
 
 WINDOW = 10_000  # characters: how far back from the end of a chunk to look for a safe place to split
 LONGEST = 1 << 22  # characters; a document without a safe place in this many is split anywhere, in bounded memory
@@ -132,12 +133,17 @@ def _tokenize_chunk(split, pieces, tokenizer=None, marks=None):
     tokenizer, marks: None in a worker process.
     """
     tokenizer, marks = tokenizer or _worker_tokenizer, marks or _worker_marks
-    if marks:
-        ids, mask = dialogue.pack(tokenizer, pieces, marks)
-        n_chars, n_bytes, answer_bytes = dialogue.counts(pieces)
-        return split, ids, n_chars, n_bytes, mask, answer_bytes
-    text = ''.join([text for text, _ in pieces])
-    return split, tokenizer.encode_documents(pieces), len(text), len(encoded(text))
+    try:
+        if marks:
+            ids, mask = dialogue.pack(tokenizer, pieces, marks)
+            n_chars, n_bytes, answer_bytes = dialogue.counts(pieces)
+            return split, ids, n_chars, n_bytes, mask, answer_bytes
+        text = ''.join([text for text, _ in pieces])
+        return split, tokenizer.encode_documents(pieces), len(text), len(encoded(text))
+    except BaseException as error:  # Rust's panics are no Exception, and cannot be sent from a process
+        if type(error).__name__ != 'PanicException':
+            raise
+        raise TextError(f'tiktoken cannot tokenize this text: {reason(error)}') from None
 
 
 def tokenize(chunks, tokenizer, n_processes, marks=None):
@@ -148,7 +154,11 @@ def tokenize(chunks, tokenizer, n_processes, marks=None):
         for split, pieces in chain(first, chunks):
             yield _tokenize_chunk(split, pieces, tokenizer, marks)
         return
-    pool = ProcessPoolExecutor(n_processes, initializer=_start_worker, initargs=(tokenizer.spec, marks))
+    try:
+        pool = ProcessPoolExecutor(n_processes, initializer=_start_worker, initargs=(tokenizer.spec, marks))
+    except (OSError, ImportError, NotImplementedError):  # a container or system without shared memory for semaphores
+        yield from tokenize(chain(first, chunks), tokenizer, 1, marks)
+        return
     try:
         pending = deque()
         for chunk in chain(first, chunks):

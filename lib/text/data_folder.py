@@ -136,10 +136,7 @@ def _read_ids(path, dtype, expected, vocab_size):
     _check_contents(path, dtype, expected)
     mapped = path.stat().st_size >= IN_MEMORY
     if mapped:
-        try:
-            ids = np.memmap(path, dtype=dtype, mode='r')
-        except OSError:  # ENODEV: some FUSE and shared folders cannot map files
-            ids = np.fromfile(path, dtype=dtype)
+        ids = dialogue.mapped(path, dtype)
         sha256 = expected.get('sha256', '')
         max_id = expected.get('max_id', 0)  # Split.batch checks every batch, so this file need not be scanned
     else:
@@ -201,7 +198,7 @@ def describe_existing(path):
     except (UserError, OSError):
         meta = None  # unreadable: treat it as absent, preparing again replaces it
     if meta:
-        n_tokens = sum(facts['n_tokens'] for facts in meta['splits'].values())
+        n_tokens = sum(meta['splits'][split]['n_tokens'] for split in SPLITS)
         source = f" of {meta['source']}" if meta.get('source') else ''
         return meta, f"{n_tokens:,} tokens ({meta['tokenizer']['kind']}){source}"
     train = path / 'train.bin'

@@ -229,6 +229,14 @@ def check_meta(meta):
             raise ValueError(f'mask_sha256 or answer_bytes of {split} is wrong')
 
 
+def mapped(path, dtype):
+    """Return the numbers in a file, which stay on disk; read into memory where it cannot be mapped (ENODEV)."""
+    try:
+        return np.memmap(path, dtype=dtype, mode='r')
+    except OSError:  # some FUSE and shared folders
+        return np.fromfile(path, dtype=dtype)
+
+
 def read_mask(path, expected, in_memory):
     """Return the mask in a file, (n_tokens,) uint8; mapped if it has `in_memory` bytes or more.
 
@@ -240,7 +248,7 @@ def read_mask(path, expected, in_memory):
     if size != expected['n_tokens']:
         raise UserError(f'{path} has {size} bytes for {expected["n_tokens"]} tokens; run prepare.py again')
     if size >= in_memory:
-        return np.memmap(path, dtype=np.uint8, mode='r')
+        return mapped(path, np.uint8)
     raw = path.read_bytes()
     if hashlib.sha256(raw).hexdigest() != expected['mask_sha256']:
         raise UserError(f'{path} was changed since prepare wrote it: meta.json does not match its sha256; '

@@ -7,11 +7,12 @@ from configurator import UserError
 _CONTROL = bytes({*range(32)} - {*b'\t\n\v\f\r\x1a\x1b'})  # bytes that text files almost never contain
 # characters that most texts consist of
 _USUAL = re.compile('[\t\r\n -~\xa0-\u04ff\u2010-\u2040\u3000-\u303f\u3041-\u30ff\u4e00-\u9fff\uff00-\uff5e]')
+_USUAL_HERE = re.compile('[\uac00-\ud7a3\U0001f300-\U0001faff]')  # Korean, emoji
 # what encodings contain that write everything in ASCII, which is valid UTF-8 and would be read as other characters
-SEVEN_BITS = {
-    'iso2022_jp': re.compile('\x1b\\$[@B]'), 'iso2022_kr': re.compile('\x1b\\$\\)C'),
-    'hz': re.compile('~\\{[!-~]+~\\}'), 'utf-7': re.compile('\\+[A-Za-z0-9+/]{2,}-?'),
-    'unicode_escape': re.compile(r'\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}')}
+ISO_2022 = re.compile('\x1b\\$[@AB()*+]')
+ISO_2022_KINDS = ('jp', 'kr', 'jp_2', 'jp_3', 'jp_2004', 'jp_ext')
+SEVEN_BITS = {'hz': re.compile(r'~\{[!-~]+~\}'), 'utf-7': re.compile(r'\+[A-Za-z0-9+/]{2,}-?'),
+              'unicode_escape': re.compile(r'\\u[0-9a-fA-F]{4}|\\x[0-9a-fA-F]{2}')}
 
 
 def problems(name):
@@ -42,19 +43,10 @@ def advice(error, codec):
     if codecs.lookup(codec).name == 'utf-8' and sum(not char.isascii() for char in before) > 10:
         return '; the text before it is UTF-8, so this byte is damaged: fix it there'
     guesses = [f'--encoding={name} ({use})' for name, use in (('gb18030', 'Chinese'), ('cp1252', 'Western European'))
-               if name != codec and _begins_with(data, name)]
+               if name != codec and _decoded(data, name)]
     if guesses:
         return f'; try {" or ".join(guesses)} and look at the preview, or save it as UTF-8'
     return '; save it as UTF-8'
-
-
-def _begins_with(data, codec):
-    """True if `data` is the beginning of a text in `codec`."""
-    try:
-        codecs.getincrementaldecoder(codec)().decode(data)
-    except UnicodeDecodeError:
-        return False
-    return True
 
 
 def unmarked(data):
@@ -67,19 +59,30 @@ def unmarked(data):
     return ''
 
 
+def _decoded(data, codec):
+    """Return the beginning of a text in `codec`, '' if it is none."""
+    try:
+        return codecs.getincrementaldecoder(codec)().decode(data)
+    except ValueError:
+        return ''
+
+
 def _seven_bit(data):
     """Return the name of the encoding that writes this ASCII with other characters, '' if there is none."""
+    ascii_text = data.decode('ascii')
+    if ISO_2022.search(ascii_text):
+        return next((name for end in ISO_2022_KINDS if _decoded(data, name := f'iso2022_{end}')), 'iso2022_jp')
     is_json = data.lstrip()[:1] in (b'{', b'[', b'"')  # which has its own escapes
     for name, mark in SEVEN_BITS.items():
-        if not mark.search(data.decode('ascii')) or name == 'unicode_escape' and is_json:
+        if not mark.search(ascii_text) or name == 'unicode_escape' and is_json:
             continue
-        try:
-            text = codecs.getincrementaldecoder(name)().decode(data)
-        except (UnicodeError, ValueError):
-            continue
+        text = _decoded(data, name)
         others = ''.join(char for char in text if not char.isascii())
         least = 0.2 if name == 'unicode_escape' else 0.01  # programs contain escapes, too
-        if len(others) > least * len(text) and len(_USUAL.findall(others)) > 0.9 * len(others):
+        # by accident, the characters would come from everywhere in Unicode
+        usual = len(_USUAL.findall(others) + _USUAL_HERE.findall(others)) > 0.9 * len(others)
+        alike = usual or len({ord(char) >> 8 for char in others}) < 5
+        if len(others) > least * len(text) and alike:
             return name
     return ''
 

@@ -157,7 +157,8 @@ def _valid(name, value):
         return type(value) is int and 0 <= value < 2**53
     if name in ('val_data', 'sample'):
         return type(value) is str
-    return name not in NUMBERS or value is None or type(value) in (int, float) and abs(value) < 1e300
+    return name not in NUMBERS or value is None or (abs(value) < 2**53 if type(value) is int else
+                                                   type(value) is float and abs(value) < 1e300)
 
 
 def trim_log(path, iter_num, evaluated):

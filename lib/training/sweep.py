@@ -200,7 +200,7 @@ def load_result(run):
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         stored = read_json(run.folder / 'sweep.json')
         if stored['hash'] == run.hash and row_problem(stored['row']) == '' and not stored['row']['error']:
-            run.row = stored['row']
+            run.row = {name: stored['row'][name] for name in MEASURED}
     return bool(run.row)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from configurator import UserError
-from lib.machine.distributed import first_line
+from lib.machine.distributed import OF_THE_MACHINE, first_line
 
 
 def read_archive(path, mmap=False):
@@ -30,6 +30,8 @@ def read_archive(path, mmap=False):
             _check_members(archive, size)
             bad = archive.testzip()
     except Exception as error:  # zipfile raises a dozen kinds of exception for damaged files
+        if getattr(error, 'errno', None) in OF_THE_MACHINE:
+            raise UserError(f'{path} cannot be read ({error.strerror})') from error
         raise UserError(f'{path} is incomplete or damaged ({size} bytes; {error})') from error
     if bad:
         raise UserError(f'{path} is corrupt: checksum mismatch in {bad}')
@@ -38,6 +40,8 @@ def read_archive(path, mmap=False):
     except pickle.UnpicklingError as error:
         raise UserError(f'{path} holds Python objects other than tensors and plain values; refusing') from error
     except Exception as error:
+        if mmap:  # some FUSE and shared folders cannot map files
+            return read_archive(path)
         raise UserError(f'{path} is damaged ({first_line(error)})') from error
 
 

@@ -116,7 +116,8 @@ class Source:
             raise self.error(f"{self.folder} has another tokenizer than GPT-2's ({others[0]}), and this program reads "
                              'only that one')
         _, config = self.read_json('config.json')
-        size = (config or {}).get('vocab_size', N_IDS)
+        size = config.get('vocab_size') if type(config) is dict else None
+        size = size if type(size) is int else N_IDS  # `config` names what is wrong with it
         if size > N_IDS and size % 8:  # multiples of 8 and more are made for speed; nothing is ever added in them
             raise self.error(f"config.json has vocab_size={size}: {size - N_IDS} tokens more than GPT-2's tokenizer, "
                              'and the folder has no file that names them')
@@ -136,11 +137,14 @@ class Source:
                 continue
             try:
                 names = sorted(set(index['weight_map'].values()))
+                if not names:
+                    raise ValueError('it names no file')
                 if odd := [name for name in names if Path(name).name != name]:
                     raise ValueError(f'{odd[0]!r} is not the name of a file')
-            except (KeyError, TypeError, AttributeError, ValueError) as error:
+                missing = [name for name in names if not (self.folder / name).is_file()]
+            except (KeyError, TypeError, AttributeError, ValueError, OSError) as error:  # OSError: a name too long
                 raise self.error(f'{path} is damaged ({type(error).__name__}: {error})') from None
-            if missing := [name for name in names if not (self.folder / name).is_file()]:
+            if missing:
                 raise self.error(f'{self.folder / missing[0]} not found; copy it from where config.json came from')
             return [self.folder / name for name in names]
         unknown = ('.h5', '.msgpack', '.onnx', '.gguf', '.ot')
