@@ -374,7 +374,8 @@ def packed(data, rng, depth):
         kind = rng.choice(['gzip', 'bz2', 'xz', 'lzma', 'tar', 'zip'])
         if kind == 'tar':
             out = io.BytesIO()
-            with tarfile.open(fileobj=out, mode='w', format=rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])) as archive:
+            kind_of_tar = rng.choice([tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+            with tarfile.open(fileobj=out, mode='w', format=kind_of_tar) as archive:
                 info = tarfile.TarInfo(rng.choice(['a', '水浒.txt', 'in/' + 'x' * 150, 'a b']))
                 info.size = len(data)
                 archive.addfile(info, io.BytesIO(data))
