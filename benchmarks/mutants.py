@@ -5,7 +5,7 @@
     python -m benchmarks.mutants --modules=model.py,kernels.py
 
 A mutant that no test notices is printed with its line. docs/testing.md says how to read the result. Those that change
-nothing that a test should notice are listed with the reason in equivalent_mutants.json, and count neither way.
+nothing that a test should notice are listed with the reason in equivalent_mutants.json; they are left out.
 
 Each mutant is a fork of a process that has imported torch, in a copy of the repository, and runs the tests that execute
 the changed line, the fastest first, until one fails.
@@ -19,6 +19,7 @@ import ast
 import contextlib
 import copy
 import importlib
+import itertools
 import json
 import os
 import random
@@ -36,6 +37,7 @@ per_module = 0  # mutants per module, drawn at random; 0 = all
 modules = ''  # comma-separated paths such as model.py,lib/generate.py; '' = all
 workers = 2  # processes at the same time
 seed = 0  # of the sample
+budget = 60.0  # seconds of tests per mutant, the fastest first; one that they do not notice survives
 out = 'mutants.json'  # file for the results
 again = ''  # such a file: test only its survivors
 
@@ -237,10 +239,12 @@ def record(tree, name):
 def tests_of(lines, recorded):
     """Return {id: seconds} of the tests that execute one of the lines, the fastest first.
 
-    lines: None for a statement of the module itself, which runs at its import, before every test.
+    lines: None for a statement of the module itself, which runs at its import, before every test. All tests together
+    take at most `budget` seconds.
     """
     chosen = [(seconds, id) for id, (seconds, ran) in recorded.items() if lines is None or not lines.isdisjoint(ran)]
-    return {id: seconds for seconds, id in sorted(chosen)}
+    sums = itertools.accumulate(seconds for seconds, _ in sorted(chosen))
+    return {id: seconds for (seconds, id), total in zip(sorted(chosen), sums) if total <= budget}
 
 
 def judge(jobs, trees, name):
@@ -290,7 +294,8 @@ def run_module(name, trees, earlier):
     earlier: None, or such a result, of which the survivors are tested again.
     """
     began, source = time.monotonic(), (REPO / name).read_text(encoding='utf-8')
-    found = mutants_of(REPO / name)
+    reasons = json.loads(EQUIVALENT.read_text(encoding='utf-8')).get(name, {})
+    found = [m for m in mutants_of(REPO / name) if m.after.strip() not in reasons]
     if earlier:
         known = {(m['kind'], m['before'], m['after']) for m in earlier['survivors']}
         found = [m for m in found if (m.kind, m.before, m.after) in known]
@@ -311,20 +316,17 @@ def run_module(name, trees, earlier):
         raise UserError(f'{name}: no verdict on {len(missing)} mutants, the first at line {found[missing[0]].line}')
     unapplied = [m for i, m in enumerate(found) if verdicts.get(i) == 'unapplied']
     survivors = [m for i, m in enumerate(found) if verdicts.get(i, 'passed') == 'passed']
-    reasons = json.loads(EQUIVALENT.read_text(encoding='utf-8')).get(name, {})
-    equivalent = [m for m in survivors if m.after.strip() in reasons]
     for m in survivors:
-        reason = reasons.get(m.after.strip())
-        print(f'{name}:{m.line}: {m.kind}: {m.after.strip()}' + f'  # equivalent: {reason}' * bool(reason), flush=True)
-    n = len(found) - len(unapplied) - len(equivalent)
-    return {'mutants': n, 'caught': n + len(equivalent) - len(survivors), 'equivalent': len(equivalent),
+        print(f'{name}:{m.line}: {m.kind}: {m.after.strip()}', flush=True)
+    n = len(found) - len(unapplied)
+    return {'mutants': n, 'caught': n - len(survivors), 'equivalent': len(reasons),
             'late': [asdict(m) for i, m in enumerate(found) if verdicts.get(i) == 'late'],
             'unapplied': [asdict(m) for m in unapplied], 'minutes': (time.monotonic() - began) / 60,
             'survivors': [{**asdict(m), 'tests': len(tests[found.index(m)])} for m in survivors]}
 
 
 def print_table(results):
-    """Print per module: mutants, those of them that were caught, further ones that are equivalent, and minutes."""
+    """Print per module: mutants, how many were caught, further ones that are known to be equivalent, and minutes."""
     print(f'{"module":<28}{"mutants":>8}{"caught":>8}{"":>7}{"equivalent":>12}{"minutes":>9}')
     rows = [(name, r['mutants'], r['caught'], r['equivalent'], r['minutes']) for name, r in results.items()]
     for name, n, caught, equivalent, minutes in [*rows, ('all', *map(sum, list(zip(*rows))[1:]))]:
