@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from configurator import UserError
+from lib import decode
 from lib import generate as room
 from lib.generate import (
     StreamDecoder,
@@ -307,8 +308,8 @@ def test_weights_in_bfloat16_generate():
 def test_products_in_bfloat16_over_float32_weights_generate_with_keys_in_float32(monkeypatch):
     model, dtypes = tiny(), []
     model.set_compute_dtype(torch.bfloat16)
-    real = room.KVCache
-    monkeypatch.setattr(room, 'KVCache', lambda *args: dtypes.append(args[-1]) or real(*args))
+    real = decode.KVCache
+    monkeypatch.setattr(decode, 'KVCache', lambda *args: dtypes.append(args[-1]) or real(*args))
     assert ids_of(model, [1], 2, 12).max() < 13
     assert set(dtypes) == {torch.float32}  # faster on a CPU
 

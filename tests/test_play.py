@@ -437,10 +437,11 @@ def test_curves_tell_only_what_was_appended_and_wait_for_the_end_of_a_line(folde
     path.write_text('{"iter": 1, "loss": 3}\n{"iter": 2, "lo', encoding='utf-8')
     first = curves.appended(path, None)
     with open(path, 'a', encoding='utf-8') as file:
-        file.write('ss": 2}\nbroken\n[1]\n{"step": 2, "val_loss": NaN, "x": 1}\n')
+        file.write('ss": 2}\nbroken\n[1]\n{"step": 2, "val_loss": null, "x": 1}\n{"step": 3, "val_loss": NaN}\n')
     second = curves.appended(path, first['cursor'])
     assert first['anew'] and first['records'] == [{'iter': 1, 'loss': 3}]
     assert not second['anew'] and second['records'][0] == {'iter': 2, 'loss': 2} and second['records'][1]['step'] == 2
+    assert len(second['records']) == 2
 
 
 def test_curves_begin_anew_where_a_resumed_run_replaced_its_log(folder):
