@@ -44,7 +44,7 @@ TESTS = {  # the test files that should notice
     'lib/tasks.py': ('tasks', 'evaluate', 'hostile'),
     'lib/training/optim.py': ('optim', 'guard', 'hostile', 'train'),
     'configurator.py': ('configurator', 'preflight', 'read_text', 'console'),
-    'lib/weights/checkpoint.py': ('checkpoint', 'load_model', 'preflight', 'hostile', 'guard', 'export', 'train'),
+    'lib/weights/checkpoint.py': ('checkpoint', 'saver', 'load_model', 'preflight', 'hostile', 'guard', 'export', 'train'),
     'lib/text/tokenizer.py': ('tokenizer', 'data_folder', 'hostile', 'arithmetic', 'dialogue', 'chat'),
     'lib/generate.py': ('generate', 'sampling_rules', 'sample', 'evaluate', 'int8'),
     'lib/text/dataset.py': ('dataset', 'masks', 'data_folder', 'fuzz', 'guard', 'evaluate', 'train'),
