@@ -115,7 +115,14 @@ def variants(node):
 
 
 def mutants_of(path):
-    """Return the Mutants of a source file, in the order of its lines.
+    """Return the Mutants of a source file that are Python and not the same program, in the order of their lines."""
+    source = path.read_text(encoding='utf-8')
+    original = ast.dump(ast.parse(source))
+    return [mutant for mutant in candidates(path) if differs(original, mutated(source, mutant))]
+
+
+def candidates(path):
+    """Return the Mutants of a source file, in the order of its lines; a few are no Python.
 
     Left alone: strings and what is inside an f-string, annotations, decorators, raised messages, statements of several
     lines, and in train.py everything outside functions, which are settings.
@@ -145,7 +152,7 @@ def mutants_of(path):
     for node in tree.body:
         if not only_functions or isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             visit(node)
-    return sorted((m for m in found if compiles(source, m)), key=lambda m: m.line)
+    return sorted(found, key=lambda m: m.line)
 
 
 def statements(source):
@@ -175,10 +182,10 @@ def mutated(source, mutant):
     return ''.join(lines)
 
 
-def compiles(source, mutant):
-    """Return whether the mutant is Python and not the same program."""
+def differs(original, source):
+    """Return whether `source` is Python and another program than the one of the dump `original`."""
     try:
-        return ast.dump(ast.parse(mutated(source, mutant))) != ast.dump(ast.parse(source))
+        return ast.dump(ast.parse(source)) != original
     except SyntaxError:
         return False
 
