@@ -278,7 +278,8 @@ def copy_tree(target):
 
 def main():
     configure(globals())
-    chosen = [name for name in modules.split(',') if name] or list(TESTS)
+    earlier = json.loads(Path(again).read_text(encoding='utf-8')) if again else {}
+    chosen = [name for name in modules.split(',') if name] or list(earlier or TESTS)
     if unknown := [name for name in chosen if name not in TESTS]:
         raise UserError(f'modules={unknown[0]}: expected some of {", ".join(TESTS)}')
     os.environ.update(OMP_NUM_THREADS='1', OMP_WAIT_POLICY='PASSIVE', PYTEST_DISABLE_PLUGIN_AUTOLOAD='1')
@@ -286,7 +287,6 @@ def main():
     import torch
     import transformers  # noqa: F401
     torch.set_num_threads(1)  # no thread may run when a process forks
-    earlier = json.loads(Path(again).read_text(encoding='utf-8')) if again else {}
     results = {}
     with tempfile.TemporaryDirectory() as folder:
         trees = [copy_tree(Path(folder).resolve() / f'tree{i}') for i in range(workers)]
