@@ -200,6 +200,9 @@ def resolve(defaults, argv, early=None, words=''):
             settings[name] = automatic()
     for path in [] if words else others:
         _run_config(path, settings, flags)
+    large = [name for name, value in settings.items() if type(value) is int and value.bit_length() > 64]
+    settings.errors += [f'{name} is a number of more than 64 bits' for name in large]
+    settings.understood &= not large  # what is computed from them would overflow
     return settings
 
 

@@ -255,3 +255,28 @@ def test_a_requested_encoding_is_used_and_what_it_lacks_becomes_a_question_mark(
     done = subprocess.run([sys.executable, '-c', SCRIPT + "print('\\u4eba\\u4e4b')"], cwd=REPO, capture_output=True,
                           env={**os.environ, 'PYTHONIOENCODING': name})
     assert done.stdout == expected, done.stderr
+
+
+@pytest.mark.parametrize('path, why', [('~no-such-user/x', 'home'), ('x' * 5000, 'too long')])
+def test_a_path_that_no_file_can_have_is_one_line(path, why):
+    with pytest.raises(UserError, match=why):
+        find_path(path)
+
+
+def test_a_config_file_with_a_byte_order_mark_or_from_a_pipe_is_read(tmp_path):
+    (tmp_path / 'a.py').write_text('size = 7\n', encoding='utf-8-sig')
+    assert resolve({'size': 1}, [str(tmp_path / 'a.py')])['size'] == 7
+    reader, writer = os.pipe()
+    os.write(writer, b'size = 8\n')
+    os.close(writer)
+    assert resolve({'size': 1}, [f'/dev/fd/{reader}'])['size'] == 8
+    os.close(reader)
+
+
+def test_a_whole_number_of_more_than_64_bits_is_refused():
+    found = resolve({'size': 1}, ['--size=1' + '0' * 400])
+    assert found.errors == ['size is a number of more than 64 bits'] and not found.understood
+
+
+def test_a_long_message_is_shortened():
+    assert len(UserError('x' * 10**6).message) < 2000

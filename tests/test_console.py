@@ -10,12 +10,13 @@ import pytest
 from conftest import TINY
 from kit import REPO, load
 
+from lib.machine import console
 from lib.machine.console import printable
 
 
 @pytest.mark.parametrize('text, shown', [
     ('plain\ttext\n日本 é', 'plain\ttext\n日本 é'),
-    ('\x1b[31mred', r'\x1b[31mred'), ('a\rb', r'a\rb'), ('\x07', r'\x07'),
+    ('\x1b[31mred', r'\x1b[31mred'), ('a\rb', r'a\rb'), ('a\r\n', 'a\r\n'), ('\x07', r'\x07'),
     ('\x9b2J', r'\x9b2J'), ('\x7f', r'\x7f'), ('\x00', r'\x00'), ('\u202egnp', r'\u202egnp'), ('', '')])
 def test_control_characters_are_shown_as_escapes(text, shown):
     assert printable(text) == shown
@@ -134,3 +135,38 @@ def test_a_prepare_whose_reader_ends_succeeds_quietly(tmp_path):
     done = shell(f'"$0" {script} --input=text.txt --name=mine --tokenizer=char | true; exit ${{PIPESTATUS[0]}}',
                  cwd=tmp_path)
     assert done.returncode == 0 and 'Broken' not in done.stderr and 'Traceback' not in done.stderr, done.stderr
+
+
+CONTROL = """
+import sys
+from configurator import UserError
+from lib.machine import console
+console.protect()
+print('a\\x1b]0;title\\x07b\\rc', flush=True)
+print('\\x1b[31mred\\u202e', file=sys.stderr)
+sys.stderr.write('\\r 50%|##|')
+with console.as_is():
+    print('\\x1b[1mwandb\\x1b[0m', flush=True)
+raise UserError('tensor \\x1b[8m is hidden')
+"""
+
+
+def test_nothing_that_is_printed_by_anyone_controls_the_terminal():
+    done = subprocess.run([sys.executable, '-c', CONTROL], capture_output=True, timeout=60,
+                          env={**os.environ, 'PYTHONPATH': str(REPO)})
+    assert done.stdout == b'a\\x1b]0;title\\x07b\\rc\n\x1b[1mwandb\x1b[0m\n'
+    assert done.stderr == b'\\x1b[31mred\\u202e\n\r 50%|##|error: tensor \\x1b[8m is hidden\n'
+
+
+class PanicException(BaseException):
+    """As PyO3 makes of a panic in Rust."""
+
+
+@pytest.mark.parametrize('error, line', [
+    (OSError(36, 'File name too long', 'x' * 300), 'error: ' + 'x' * 200 + ': File name too long\n'),
+    (PanicException('index out of bounds\nat'), 'ended with PanicException: index out of bounds at\n'),
+    (KeyboardInterrupt(), 'interrupted\n')])
+def test_an_error_of_the_machine_or_of_a_library_in_rust_is_one_line(capsys, error, line):
+    console.print_exception(type(error), error, None)
+    shown = capsys.readouterr().err
+    assert shown.endswith(line) and shown.count('\n') == 1

@@ -198,3 +198,19 @@ def test_a_system_without_affinity_counts_its_cpus(monkeypatch):
 def test_counting_cpus_imports_no_torch():
     out, err = python('import sys, lib.machine.cpus; print("torch" in sys.modules)').communicate()
     assert out == 'False\n', err
+
+
+@pytest.mark.parametrize('proc, files, limit', [
+    ('0::/a/b', {'a/b/memory.max': 'max', 'a/memory.max': '1000000'}, 10**6),
+    ('4:memory:/docker/x', {'memory/memory.limit_in_bytes': '2000000\n'}, 2 * 10**6)])
+def test_the_memory_of_a_container_is_its_limit(tmp_path, proc, files, limit):
+    (tmp_path / 'proc').write_text(proc, encoding='utf-8')
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text, encoding='utf-8')
+    assert cpus.physical_memory(tmp_path / 'proc', tmp_path) == limit
+
+
+def test_the_memory_of_a_machine_without_a_limit_is_all_of_it(tmp_path):
+    assert cpus.physical_memory(tmp_path / 'nothing', tmp_path) == os.sysconf('SC_PHYS_PAGES') * os.sysconf(
+        'SC_PAGE_SIZE')

@@ -8,6 +8,7 @@ import pickle
 import random
 import zipfile
 
+import kit
 import pytest
 import torch
 from conftest import TINY
@@ -450,3 +451,31 @@ def test_a_folder_whose_name_looks_like_a_formula_is_drawn(run, tmp_path, monkey
             '{"iter": 0, "loss": 2.5}\n{"step": 0, "train_loss": 2.5, "val_loss": 2.6}\n')
     assert run('plot.py', 'o$\\frac5$').status == 0
     assert run('plot.py', 'o$\\frac5$', 'b$^$').status == 0
+
+
+@pytest.mark.parametrize('state', [{}, {0: {}}])
+def test_an_optimizer_state_from_before_the_first_update_is_used(states, tmp_path, state):
+    saved = copy.deepcopy(states['adamw', 0])
+    saved['optimizer']['state'] = state
+    use(saved, tmp_path / 'last.pt')
+
+
+def test_a_file_system_that_cannot_map_files_is_read(states, tmp_path, monkeypatch):
+    torch.save(states['adamw', 0], tmp_path / 'last.pt')
+    real = torch.load
+    monkeypatch.setattr(torch, 'load', lambda *args, mmap=False, **kw: 1 / 0 if mmap else real(*args, **kw))
+    assert checkpoint.load(tmp_path / 'last.pt', mmap=True)['iter_num'] == 1
+
+
+def test_a_disk_that_fails_is_not_called_a_damaged_checkpoint(states, tmp_path, monkeypatch):
+    torch.save(states['adamw', 0], tmp_path / 'last.pt')
+    kit.break_call(monkeypatch, zipfile.ZipFile, 'testzip', OSError(5, 'Input/output error'))
+    with pytest.raises(UserError, match='cannot be read .Input/output error.'):
+        checkpoint.load(tmp_path / 'last.pt')
+
+
+@pytest.mark.parametrize('wrong', [['a'], 5, None, {'a': 1}])
+def test_a_dataset_in_a_checkpoint_that_is_no_name_is_left_out(states, tmp_path, wrong):
+    found = use(replaced({**states['adamw', 0], 'config': {'dataset': 'x'}}, ('config',), {'dataset': wrong}),
+                tmp_path / 'last.pt')
+    assert 'dataset' not in found['config']

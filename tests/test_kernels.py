@@ -243,3 +243,8 @@ def test_an_update_of_the_cpu_recipe_takes_at_most_450_operations(dtype):  # 989
     counts.pop('AccumulateGrad', None)  # only hands the gradient over
     print('operations per update:', sum(counts.values()))
     assert sum(counts.values()) <= 450, counts
+
+
+@pytest.mark.parametrize('p', [0.99999, 0.999999, 1 - 1e-12])
+def test_dropout_of_nearly_everything_is_finite(p):
+    assert kernels.dropout(torch.ones(64), p, True).isfinite().all()

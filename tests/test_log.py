@@ -252,3 +252,10 @@ def test_a_disk_that_is_full_in_the_middle_of_a_line_leaves_whole_lines(tmp_path
     append_log(path, {'iter': 2})
     assert [record['iter'] for record in read_log(path)] == [0, 2]
     assert path.read_text(encoding='utf-8').count('\n') == 2
+
+
+def test_a_line_that_somebody_wrote_into_the_log_stays(tmp_path):
+    path = tmp_path / 'log.jsonl'
+    path.write_text('{"iter": 0, "loss": 2.0}\n# a good run\n{"iter": 1, "loss": 1.0}\n{"ite', encoding='utf-8')
+    log.trim_log(path, 1, 0)
+    assert path.read_text(encoding='utf-8') == '{"iter": 0, "loss": 2.0}\n# a good run\n'

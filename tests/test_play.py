@@ -721,3 +721,16 @@ def test_the_browser_is_opened_unless_told_otherwise(run, folder, monkeypatch, f
     monkeypatch.setenv('DISPLAY', ':0')
     done = run('play.py', '--device=cpu', '--port=0', *flags)
     assert len(addresses) == opened and all(f'open {address}\n' in done.out for address in addresses)
+
+
+def test_a_panic_in_a_library_does_not_end_the_worker(monkeypatch):
+    class PanicException(BaseException):
+        pass
+
+    def panics():
+        raise PanicException('in Rust')
+        yield
+    monkeypatch.setattr(threading, 'excepthook', lambda args: None)
+    found = worker.Worker()
+    assert found.submit(panics).results.get(timeout=20) == ('error', 'PanicException: in Rust')
+    assert found.submit(lambda: [1]).results.get(timeout=20) == ('item', 1)

@@ -326,3 +326,11 @@ def test_a_setting_that_train_py_refuses_is_a_row(run, workdir):
     assert run('sweep.py', *TINY, '--n_embd=16,17').status == 0
     good, bad = rows()
     assert good['error'] == '' and int(good['n_params']) > 1000 and 'n_embd=17' in bad['error']
+
+
+def test_a_results_tsv_of_another_program_is_not_overwritten(tmp_path):
+    import sweep as script
+    (tmp_path / 'results.tsv').write_text('name\tscore\nmine\t5\n', encoding='utf-8')
+    with pytest.raises(UserError, match='is not a results.tsv of sweep.py'):
+        script.carry_out([], {'out_dir': str(tmp_path), 'halving': False, 'jobs': 1})
+    assert (tmp_path / 'results.tsv').read_text(encoding='utf-8') == 'name\tscore\nmine\t5\n'

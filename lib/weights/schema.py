@@ -28,18 +28,6 @@ def _plain(value):
     return type(value) in (str, int, float, bool, type(None))
 
 
-def _small(value):
-    """True for plain values, and lists of them, that take a limited time to look through."""
-    todo, seen = [value], 0
-    while todo and seen < 1000:
-        value, seen = todo.pop(), seen + 1
-        if type(value) in (list, tuple):
-            todo += value[:1000]
-        elif not _plain(value):
-            return False
-    return not todo
-
-
 def _loss(value):
     return type(value) is float and value == math.inf or _finite(value)
 
@@ -153,7 +141,7 @@ def state_problem(state, n_bytes):
         return f'history has evaluations after iter_num {state.get("iter_num", 0)}'
     if 'config' in state:
         state['config'] = {name: value for name, value in state['config'].items() if type(name) is str
-                           and _small(value)}
+                           and _plain(value) and (name != 'dataset' or type(value) is str)}
     if 'tokenizer' in state and (problem := spec_problem(state['tokenizer'])):
         return f'its tokenizer {problem}'
     size = 0
