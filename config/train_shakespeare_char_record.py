@@ -1,4 +1,4 @@
-"""Shakespeare in characters: the recipe that reached the lowest loss in twenty minutes on two CPU cores.
+"""Shakespeare in characters in twenty minutes on two CPU cores.
 
 Prepare the text with `python data/shakespeare_char/prepare.py`. It is config/train_shakespeare_char.py with a wider
 model and more weight decay, because the text is read about thirty times.

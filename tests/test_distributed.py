@@ -181,12 +181,12 @@ sys.exit()
 """
 
 
-def test_saving_under_fsdp_gives_rank_0_each_tensor_once_and_the_others_one_at_a_time(workdir):
+def test_saving_under_fsdp_gives_rank_0_each_tensor_once_and_the_others_two_at_a_time(workdir):
     outcomes = Ranks(2, 'train.py', free_port(), cwd=workdir, hook=GATHER).wait()
     assert [(status, err) for status, _, err in outcomes] == [(0, '')] * 2
     (most, n_params, n_names, kept, tied), others = (out.split() for _, out, _ in outcomes)
     assert most == n_params and kept == n_names and tied == 'True'  # the head is the embedding
-    assert others[0] == '1' and others[3] == '0'
+    assert int(others[0]) <= 2 and others[3] == '0'
 
 
 @pytest.mark.parametrize('path', [('one', 'fsdp', 'ddp', 'one'), ('one', 'ddp', 'fsdp', 'one')])
