@@ -56,7 +56,7 @@ IN_THE_LOOP = """
 from lib.training import guard
 begin = guard.Guard.__init__
 def begin_loop(*args):
-    calls.clear()  # what was counted before, to compile and to time the model
+    calls.clear()  # the calls that compiled and timed the model
     begin(*args)
 guard.Guard.__init__ = begin_loop
 """
@@ -303,7 +303,7 @@ def forward(self, idx, targets=None, cache=None, return_logits=False):
     logits, loss = real(self, idx, targets, cache)
     if self.training and rank == 1:
         calls.append(0)
-        if len(calls) == 7:  # in the fourth update of two micro-steps a rank
+        if len(calls) == 7:  # in the fourth update of two micro-steps per rank
             loss = loss * float('nan')
     return logits, loss
 model.GPT.forward = forward

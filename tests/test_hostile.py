@@ -355,11 +355,11 @@ def test_export_never_removes_or_mixes_files_that_it_has_not_written(run, tmp_pa
 # Downloads
 
 def test_two_addresses_are_two_files_and_a_text_put_there_by_hand_stays(tmp_path, monkeypatch):
-    (tmp_path / 'input.txt').write_text('by hand')
+    (tmp_path / 'input.txt').write_text('my text')
     monkeypatch.setattr(download, '_fetch', lambda url, path: path.write_text(url))
     paths = inputs.find('input', ['http://a/x', 'http://b/x'], tmp_path)
     assert [p.read_text() for p in paths] == ['http://a/x', 'http://b/x']
-    assert (tmp_path / 'input.txt').read_text() == 'by hand'
+    assert (tmp_path / 'input.txt').read_text() == 'my text'
 
 
 def test_a_download_that_fails_leaves_the_earlier_one(tmp_path, monkeypatch):

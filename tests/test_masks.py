@@ -473,7 +473,7 @@ def test_a_model_of_text_is_told_what_a_chat_needs(run, workdir):
 
 
 def test_rows_as_baike2018qa_has_them_go_through_prepare_train_and_chat(run, prepare, tmp_path, monkeypatch):
-    """A model that is taught five questions by heart answers them."""
+    """A model that has memorised five questions answers them."""
     pairs = [('天空是什么颜色', '蓝色的。'), ('雪是什么颜色', '白色的。'), ('一加一等于几', '等于二。'),
              ('水在哪里', '在河里。\n也在海里。'), ('谁写了西游记', '吴承恩。')]
     records = [{'qid': f'qid_{i}', 'category': '教育', 'title': pairs[i % 5][0], 'answer': pairs[i % 5][1],

@@ -122,7 +122,7 @@ def test_muon_moves_matrices_by_an_orthogonal_step_and_the_rest_as_adamw():
     muon, adamw = train(net, ours(net, 'muon', 2e-2), 1), train(other, ours(other, lr=2e-2), 1)
     for name, old, new, plain in zip(names, before, muon, adamw):
         if name.startswith('transformer.h.') and old.dim() == 2:
-            rows, columns = (16, 16) if 'c_attn' in name else old.shape  # queries, keys and values, each by itself
+            rows, columns = (16, 16) if 'c_attn' in name else old.shape  # queries, keys and values, separately
             steps = (old * (1 - 2e-2 * 0.1) - new) / (2e-2 * max(1, rows / columns) ** 0.5)
             for step in steps.split(rows):
                 assert 0.6 < torch.linalg.svdvals(step)[min(rows, columns) // 2] < 1.3, name

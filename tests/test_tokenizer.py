@@ -277,9 +277,9 @@ def test_that_error_names_the_file_as_tiktokens_cache_expects_it(monkeypatch, tm
     monkeypatch.setattr(load, 'read_file', lambda url: (_ for _ in ()).throw(ConnectionError('no network')))
     with pytest.raises(SystemExit, match=f'save {tokenizer.GPT2_MERGES[0]} as FOLDER/{name} and set'):
         tokenizer.gpt2().encode('x')
-    (tmp_path / name).write_bytes(b'saved by hand')
-    sha256 = hashlib.sha256(b'saved by hand').hexdigest()
-    assert load.read_file_cached(tokenizer.GPT2_MERGES[0], sha256) == b'saved by hand'
+    (tmp_path / name).write_bytes(b'a saved file')
+    sha256 = hashlib.sha256(b'a saved file').hexdigest()
+    assert load.read_file_cached(tokenizer.GPT2_MERGES[0], sha256) == b'a saved file'
 
 
 def test_a_model_can_be_trained_on_gpt2s_ids_without_tiktoken(monkeypatch):
