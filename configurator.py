@@ -202,7 +202,7 @@ def resolve(defaults, argv, early=None, words=''):
         _run_config(path, settings, flags)
     large = [name for name, value in settings.items() if type(value) is int and value.bit_length() > 64]
     settings.errors += [f'{name} is a number of more than 64 bits' for name in large]
-    settings.understood &= not large  # what is computed from them would overflow
+    settings.understood &= not large  # the checks calculate with them, and would overflow
     return settings
 
 

@@ -183,13 +183,16 @@ class CausalAttentionFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, q, k, v, mask, n_blocks, dropout_p):
+        if n_blocks:
+            k, v = _with_block_before(k, v)
         scores = torch.baddbmm(mask, q, k.mT, alpha=q.size(-1) ** -0.5)  # (N, T, S)
         if n_blocks:  # the first block of each sequence has no block before it
-            scores.unflatten(0, (-1, n_blocks))[:, 0, :, :q.size(1)] = -math.inf
+            scores[::n_blocks, :, :q.size(1)].fill_(-math.inf)
         p = scores.softmax(-1)
         keep = _dropout_mask(p, dropout_p) if dropout_p else None
         dropped = p if keep is None else p * keep
         ctx.save_for_backward(q, k, v, p, dropped, keep)
+        ctx.n_blocks = n_blocks
         return dropped @ v
 
     @staticmethod
@@ -200,28 +203,55 @@ class CausalAttentionFunction(torch.autograd.Function):
         ds = torch._softmax_backward_data(dp if keep is None else dp * keep, p, -1, p.dtype)
         dq = torch.baddbmm(q, ds, k, beta=0, alpha=scale)  # scale * ds @ k
         dk = torch.baddbmm(k, ds.mT, q, beta=0, alpha=scale)
+        if ctx.n_blocks:
+            dk, dv = _add_to_block_before(dk, dv)
         return dq, dk, dv, None, None, None
+
+
+def _with_block_before(k, v):
+    """Return k and v, blocks (N, T, hs) each, as (N, 2 T, hs): each block after the block before it.
+
+    They go through one tensor, which takes half as many operations. What the first block of a sequence gets from
+    another sequence is masked.
+    """
+    N, T, hs = k.shape
+    both = torch.cat([k.new_zeros(1, T, hs), k, v])  # (1 + 2 N, T, hs)
+    return both.as_strided((2 * N, 2 * T, hs), (T * hs, hs, 1)).contiguous().chunk(2)
+
+
+def _add_to_block_before(dk, dv):
+    """Return the gradients of _with_block_before's arguments; dk, dv: (N, 2 T, hs), those of what it returned."""
+    before, own = torch.cat([dk, dv]).chunk(2, 1)
+    own[:-1].add_(before[1:])
+    return own.chunk(2)
 
 
 @functools.lru_cache(maxsize=8)
 def _mask(T, S, window, dtype, device):
-    """Return (T, S): 0 where the last T of S positions may look, -inf elsewhere."""
-    future = torch.ones(T, S, dtype=torch.bool, device=device).triu(S - T + 1)
+    """Return (T, S): 0 for the keys that the last T of S positions see, -inf for the others; window: 0 = all."""
+    ones = torch.ones(T, S, dtype=torch.bool, device=device)
+    hidden = ones.triu(S - T + 1)
     if window:
-        future |= torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T - window)
-    return torch.zeros(T, S, dtype=dtype, device=device).masked_fill(future, -math.inf)
+        hidden |= ones.tril(S - T - window)
+    return torch.zeros(T, S, dtype=dtype, device=device).masked_fill(hidden, -math.inf)
+
+
+def _products_are_faster(q, dropout_p):
+    """True if attention is to be written out as products; torch's fused kernel is for the rest."""
+    return _fast(q) and (q.dtype == torch.bfloat16 or dropout_p or torch.is_grad_enabled())
 
 
 def _attend(q, k, v, mask, n_blocks, dropout_p):
-    """softmax(q k^T / sqrt(hs) + mask) v for q (N, T, hs), k and v (N, S, hs), mask (T, S).
+    """softmax(q k^T / sqrt(hs) + mask) v for q, k and v (N, T, hs).
 
-    n_blocks: 0, or how many of the N are the blocks of one sequence; its first block does not see the first T keys.
+    n_blocks: 0, or how many of the N are the blocks of one sequence. Each block then also sees the keys of the block
+    before it, and mask is (T, 2 T) instead of (T, T).
     """
-    if _fast(q) and (q.dtype == torch.bfloat16 or dropout_p or torch.is_grad_enabled()):
+    if _products_are_faster(q, dropout_p):
         return CausalAttentionFunction.apply(q, k, v, mask, n_blocks, dropout_p)
     if n_blocks:
-        T, S = mask.shape
-        first = mask.masked_fill(torch.arange(S, device=mask.device) < T, -math.inf)
+        k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, -1)), t], 1) for t in (k, v))  # (N, 2 T, hs)
+        first = mask.masked_fill(torch.arange(mask.size(1), device=mask.device) < q.size(1), -math.inf)
         mask = torch.stack([first, *[mask] * (n_blocks - 1)]).repeat(len(q) // n_blocks, 1, 1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p)
 
@@ -233,10 +263,10 @@ def _window_attention(q, k, v, dropout_p, window):
     cost grows with T * window instead of T^2.
     """
     B, nh, T, hs = q.shape
-    q, k, v = (F.pad(t, (0, 0, 0, -T % window)).reshape(B * nh, -1, window, hs) for t in (q, k, v))
-    n_blocks = q.size(1)
-    k, v = (torch.cat([F.pad(t, (0, 0, 0, 0, 1, -1)), t], 2).flatten(0, 1) for t in (k, v))  # (N, 2 window, hs)
-    y = _attend(q.flatten(0, 1), k, v, _mask(window, 2 * window, window, q.dtype, q.device), n_blocks, dropout_p)
+    if T % window:
+        q, k, v = (F.pad(t, (0, 0, 0, -T % window)) for t in (q, k, v))
+    n_blocks, mask = q.size(2) // window, _mask(window, 2 * window, window, q.dtype, q.device)
+    y = _attend(*(t.reshape(-1, window, hs) for t in (q, k, v)), mask, n_blocks, dropout_p)
     return y.view(B, nh, -1, hs)[:, :, :T]
 
 
@@ -255,7 +285,7 @@ def causal_attention(q, k, v, dropout_p=0.0, window=0, mask=None):
         return _window_attention(q, k, v, dropout_p, window)
     if 0 < window < S and T == 1:
         k, v, window = k[:, :, -window:], v[:, :, -window:], 0
-    if _fast(q) and T == S <= 512 and (q.dtype == torch.bfloat16 or dropout_p or torch.is_grad_enabled()):
+    if T == S <= 512 and _products_are_faster(q, dropout_p):
         flat = (t.reshape(-1, T, t.size(-1)) for t in (q, k, v))  # (B nh, T, hs) each
         return CausalAttentionFunction.apply(*flat, _mask(T, T, 0, q.dtype, q.device), 0, dropout_p).view(q.shape)
     # is_causal aligns to the top left, so fewer queries than keys (a KV cache) need an explicit mask

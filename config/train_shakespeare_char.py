@@ -28,7 +28,7 @@ if not device.startswith('cuda'):  # a CPU or a Mac
     max_minutes = 3.0  # the schedule follows the clock, so a slow machine finishes too
     batch_size = 4  # 4 x 1,024 = 4,096 tokens: small updates, and many of them
     block_size = 1024  # the first characters of a context are the hardest, and long contexts have few of them
-    window = 64  # attention further back teaches a small model nothing here
+    window = 64  # enough for a model of this size, and cheaper in long contexts
     n_layer = 4
     n_head = 2
     n_embd = 128

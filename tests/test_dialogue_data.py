@@ -120,7 +120,7 @@ def test_a_dialogue_fits_the_context_of_its_config(rows):
     scope = {'device': 'cpu'}
     exec((REPO / 'config' / 'train_dialogue.py').read_text(encoding='utf-8'), scope)
     text = ''.join(m['content'] for row in rows[False] + rows[True] for m in row['messages'])
-    assert len(set(text)) < 300
+    assert len(set(text)) < 256
     for row in rows[False] + rows[True]:
         _, said = dialogue.from_messages(row['messages'], '')
         written = ''.join(part for part, _, _ in dialogue.parts('', said, dialogue.MARKS[0]))
@@ -129,7 +129,7 @@ def test_a_dialogue_fits_the_context_of_its_config(rows):
 
 def test_the_rows_are_the_same_everywhere(rows):
     text = json.dumps(rows[False][:50], ensure_ascii=False)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == '409b5189df0865b7'
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == '0f43131c6a20f2b0'
 
 
 # The score

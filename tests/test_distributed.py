@@ -156,7 +156,7 @@ def test_under_fsdp_a_rank_holds_half_of_the_model(trained, parallel, fraction):
 
 
 GATHER = """
-import sys, weakref, torch, torch.distributed as dist
+import sys, time, weakref, torch, torch.distributed as dist
 from types import SimpleNamespace
 from torch.distributed.tensor import DTensor
 from lib.machine import distributed
@@ -167,6 +167,9 @@ net = distributed.shard_or_move(net, SimpleNamespace(world_size=2, device=torch.
 real, whole, most = DTensor.full_tensor, set(), 0
 def full_tensor(self):
     global most
+    until = time.monotonic() + 5
+    while rank and whole and time.monotonic() < until:  # gloo's thread lets go of a tensor a little later
+        time.sleep(0.01)
     tensor = real(self)
     whole.add(key := tensor.untyped_storage()._cdata)
     most = max(most, len(whole))
@@ -181,12 +184,12 @@ sys.exit()
 """
 
 
-def test_saving_under_fsdp_gives_rank_0_each_tensor_once_and_the_others_two_at_a_time(workdir):
+def test_saving_under_fsdp_gives_rank_0_each_tensor_once_and_the_others_one_at_a_time(workdir):
     outcomes = Ranks(2, 'train.py', free_port(), cwd=workdir, hook=GATHER).wait()
     assert [(status, err) for status, _, err in outcomes] == [(0, '')] * 2
     (most, n_params, n_names, kept, tied), others = (out.split() for _, out, _ in outcomes)
     assert most == n_params and kept == n_names and tied == 'True'  # the head is the embedding
-    assert int(others[0]) <= 2 and others[3] == '0'
+    assert others[0] == '1' and others[3] == '0'
 
 
 @pytest.mark.parametrize('path', [('one', 'fsdp', 'ddp', 'one'), ('one', 'ddp', 'fsdp', 'one')])

@@ -223,10 +223,11 @@ def test_the_weights_of_all_layers_are_cast_into_one_tensor_and_used_once():
     assert len(net.linears) == 8
 
 
+@pytest.mark.parametrize('window', [0, 4])  # the recipe for Shakespeare has one, and contexts of several windows
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
-def test_an_update_of_the_cpu_recipe_takes_at_most_450_operations(dtype):  # 989 in bfloat16 before these kernels
+def test_an_update_of_the_cpu_recipe_takes_at_most_450_operations(dtype, window):  # 989 in bfloat16 at first
     net = GPT(GPTConfig(block_size=16, vocab_size=65, n_layer=4, n_head=2, n_embd=128, bias=False, pos='rope',
-                        norm='rmsnorm', mlp='relu2', qk_norm=True, tie_weights=False, smear=True))
+                        norm='rmsnorm', mlp='relu2', qk_norm=True, tie_weights=False, smear=True, window=window))
     net.set_compute_dtype(dtype)
     opt = optim.make_optimizer('muon', net.param_groups(0.1, muon=True), 0.015, 0.015, (0.9, 0.99), 'cpu')
     idx = torch.randint(65, (2, 16))

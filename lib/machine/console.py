@@ -144,7 +144,7 @@ def reason(error):
 
 
 def print_exception(kind, error, trace):
-    """Print an exception that nobody caught: one line if it tells of the machine and not of a mistake in the program.
+    """Print an exception that nobody caught: one line if the machine caused it, a traceback if the program did.
 
     It is an excepthook; Python then ends with status 1, or with 130 after Ctrl-C, which shells expect.
     """

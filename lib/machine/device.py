@@ -13,7 +13,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-from lib.machine.cpus import physical_memory, usable_cpus  # noqa: F401  (in a file without torch, which prepare scripts import)
+from lib.machine.cpus import physical_memory
 
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 

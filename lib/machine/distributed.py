@@ -200,8 +200,8 @@ def full_state_dict(value, keep=True):
     """Return `value` with every tensor that FSDP has sharded gathered on the CPU. Every rank must call it.
 
     value: a tensor, or dicts and lists of tensors, as in a state_dict; or a model, whose tied weights are gathered
-    once. keep: False on ranks that only take part in the gathering; they have one or two whole tensors at a time, and
-    get None in place of those tensors.
+    once. keep: False on ranks that only take part in the gathering; they have one whole tensor at a time, and get None
+    in place of those tensors.
     """
     if isinstance(value, torch.nn.Module):
         state, first = value.state_dict(), {}

@@ -53,7 +53,7 @@ DAMAGE = (EOFError, OSError, zlib.error, lzma.LZMAError, tarfile.TarError, zipfi
 def damage(label, kind, error):
     """Return the UserError for an exception of DAMAGE from a file of this kind.
 
-    The exception itself, if it does not tell of the content: the disk or the network did not deliver the file.
+    The exception itself if the content is not the reason: the disk or the network did not deliver the file.
     """
     if getattr(error, 'errno', None) not in (None, errno.EINVAL):
         return error

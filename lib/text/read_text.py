@@ -12,6 +12,8 @@ from lib.text.tokenizer import EOT, TextError, encoded
 
 CHUNK = 1 << 20  # characters per piece of a long text
 MOST_PACKED = 1000  # text is rarely packed into a hundredth of its size, and never into a thousandth
+
+
 def chunks(path, codec):
     """Yield the decoded text of a file; of an archive, all its texts one after the other. See decoded."""
     for label, stream, kind in containers.parts(path):

@@ -107,9 +107,9 @@ def model_from_checkpoint(state, path, dtype=torch.float32, assign=False, **over
 
 
 def cast_matrices(model, dtype):
-    """Cast the matrices of a GPT that is not trained to `dtype`, once, and compute in it; embeddings stay as they are.
+    """Cast the matrices of a GPT that is not trained to `dtype`, once, and compute in it; embeddings are not changed.
 
-    Its numbers are those of a model that casts at every forward pass. A tied head becomes a tensor of its own.
+    Its numbers are those of a model that casts at every forward pass. A tied head becomes a separate tensor.
     """
     model.requires_grad_(False).set_compute_dtype(dtype)
     for layer in model.modules():
