@@ -185,14 +185,14 @@ def test_a_system_without_cgroups_has_no_quota(tmp_path):
 def test_usable_cpus_are_bounded_by_affinity_and_quota(monkeypatch, affinity, quota, usable):
     monkeypatch.setattr(os, 'sched_getaffinity', lambda pid: set(range(affinity)), raising=False)
     monkeypatch.setattr(cpus, '_cgroup_quota', lambda: quota)
-    assert device.usable_cpus() == usable
+    assert cpus.usable_cpus() == usable
 
 
 def test_a_system_without_affinity_counts_its_cpus(monkeypatch):
     monkeypatch.delattr(os, 'sched_getaffinity', raising=False)
     monkeypatch.setattr(cpus, '_cgroup_quota', lambda: math.inf)
     monkeypatch.setattr(os, 'cpu_count', lambda: 3)
-    assert device.usable_cpus() == 3
+    assert cpus.usable_cpus() == 3
 
 
 def test_counting_cpus_imports_no_torch():
