@@ -177,7 +177,7 @@ def first_token(program):
 def generating(dtype, prompt, new, program):
     """One sequence of 124M. The limit: each token reads all weights once, except the table of positions."""
     if program == 'reading the weights':
-        n_bytes = 123_653_376 * (4 if dtype == 'float32' else 2)
+        n_bytes = 123_653_376 * {'float32': 4, 'bfloat16': 2, 'int8': 1}[dtype]
         return {'tokens/s': run_in_subprocess('workloads.reading', device)['bytes/s'] / n_bytes}
     if program == 'nanoGPT' and device == 'cpu':
         dtype = 'float32'  # the only one that it supports on a CPU
@@ -272,6 +272,8 @@ ROWS = {  # name: (what, function, programs or variants, largest number of repea
                       (*PAIR, 'transformers', 'reading the weights'), 9),
     'generate_bf16': ('writing 100 tokens, 124M, bfloat16', partial(generating, 'bfloat16', 1, 100),
                       (*PAIR, 'transformers', 'reading the weights'), 9),
+    'generate_int8': ('writing 100 tokens, 124M, int8', partial(generating, 'int8', 1, 100),
+                      ('ours', 'reading the weights'), 9),
     'prefill': ('reading 1000 tokens, 124M, float32', partial(generating, 'float32', 1000, 1),
                 (*PAIR, 'transformers'), 9),
     'batches': ('batches of 64 x 256', batches, PAIR, 9),

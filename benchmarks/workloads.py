@@ -158,7 +158,13 @@ def generating(program, vs, device, dtype, prompt, new):
         from lib.generate import generate
         from lib.machine import runtime
         runtime.tune_malloc()
-    model = model.eval().to(device, getattr(torch, dtype))
+    if dtype == 'int8':
+        from lib.weights.load_model import model_from_checkpoint
+        state = {'model': model.state_dict(), 'model_args': model.config.model_args()}
+        model = model_from_checkpoint(state, 'random weights', torch.int8)
+    else:
+        model = model.to(device, getattr(torch, dtype))
+    model.eval()
     with torch.inference_mode():
         write(min(2, new))
         return {'tokens/s': (new if new > 1 else prompt) / timed(lambda: write(new))}
