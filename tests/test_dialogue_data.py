@@ -47,8 +47,9 @@ def combinations(row):
         if task == 'greet':
             yield task, [one_of(w['greet'], question)]
         elif task in ('where', 'who', 'colour'):
-            fact = w['has_colour'] if task == 'colour' else w['is_in']
-            yield task, re.findall(pattern(fact), question.replace(' ', '') if not w['space'] else question)
+            fact = w['has_colour'] if task == 'colour' else w[f'{task}_fact']
+            found = re.findall(pattern(fact), question.replace(' ', '') if not w['space'] else question)
+            yield task, [pair[::-1] for pair in found] if task == 'who' else found  # a place, then who is there
         elif task == 'sum':
             numbers = one_of(w['sum'], question.rstrip('?？')) or one_of([t.rstrip('?？') for t in w['sum']],
                                                                        question.rstrip('?？'))
@@ -129,7 +130,7 @@ def test_a_dialogue_fits_the_context_of_its_config(rows):
 
 def test_the_rows_are_the_same_everywhere(rows):
     text = json.dumps(rows[False][:50], ensure_ascii=False)
-    assert hashlib.sha256(text.encode()).hexdigest()[:16] == '0f43131c6a20f2b0'
+    assert hashlib.sha256(text.encode()).hexdigest()[:16] == '84cf78ef7843cd5f'
 
 
 # The score

@@ -6,7 +6,8 @@ Nothing is downloaded, and the rows are the same on every machine. Each question
 and a name, a person and a place, a thing and its colour, a pet and what it is called, two numbers, the letters of a
 word. A tenth of the combinations is held out: they occur in validation dialogues and never in training, not even in
 a sentence that is not asked about. There are hundreds of names, or a model would memorise who was never where
-instead of reading the sentence. So a right answer to a validation question cannot have been memorised.
+instead of reading the sentence. So a right answer to a validation question cannot have been memorised. A fact names
+first what its question names: a small model finds in minutes what follows a word, and not what comes before it.
 """
 import json
 import random
@@ -37,9 +38,9 @@ WORDS = {
         'called': 'Milo Luna Max Bella Rocky Coco Felix Daisy Oscar Ruby Simba Nala Toby Lily Jasper Honey'.split(),
         'parts': [c + v for c in 'bdfgklmnprst' for v in 'aeiou'],  # of made-up words
         'greet': ('{0}, I am {1}', '{0}! my name is {1}.'), 'greeted': '{0}, {1}!',
-        'is_in': '{0} is in the {1}.', 'where': ('where is {0}?', 'where can I find {0}?'), 'at': '{0} is in the {1}.',
-        'who': ('who is in the {1}?',), 'has_colour': 'the {0} is {1}.',
-        'colour': ('what colour is the {0}?', 'what is the colour of the {0}?'),
+        'where_fact': '{0} is in the {1}.', 'where': ('where is {0}?', 'where can I find {0}?'),
+        'at': '{0} is in the {1}.', 'who_fact': 'in the {1} is {0}.', 'who': ('who is in the {1}?',),
+        'has_colour': 'the {0} is {1}.', 'colour': ('what colour is the {0}?', 'what is the colour of the {0}?'),
         'sum': ('what is {0} plus {1}?', '{0} plus {1}'), 'reverse': ('reverse the word {0}', 'write {0} backwards'),
         'count': ('how many letters are in {0}?', 'count the letters of {0}'), 'counted': '{0}',
         'tell': ('my {0} is called {1}', 'I have a {0}, its name is {1}.'), 'told': 'I will remember that.',
@@ -57,7 +58,8 @@ WORDS = {
         'called': '咪咪 豆豆 旺财 小白 小黑 毛毛 乐乐 球球 花花 点点 贝贝 阿福 团团 圆圆 来福 雪儿'.split(),
         'parts': list('山水火风云雨花草树木日月星河海天地春夏秋冬东西南北'),
         'greet': ('{0}，我是{1}', '{0}！我叫{1}。'), 'greeted': '{0}，{1}！',
-        'is_in': '{0}在{1}。', 'where': ('{0}在哪里？', '{0}在什么地方？'), 'at': '{0}在{1}。', 'who': ('谁在{1}？',),
+        'where_fact': '{0}在{1}。', 'where': ('{0}在哪里？', '{0}在什么地方？'), 'at': '{0}在{1}。',
+        'who_fact': '{1}里有{0}。', 'who': ('{1}里有谁？', '谁在{1}里？'),
         'has_colour': '{0}是{1}的。', 'colour': ('{0}是什么颜色？', '{0}是什么颜色的？'),
         'sum': ('{0}加{1}等于多少？', '{0}加{1}'), 'reverse': ('把{0}倒过来写', '反过来念{0}'),
         'count': ('{0}有几个字？', '数一数{0}的字数'), 'counted': '{0}个',
@@ -66,7 +68,7 @@ WORDS = {
     },
 }
 # how often each kind of question is asked; the kinds that a model learns last are asked most
-TASKS = {'greet': 1, 'where': 3, 'who': 4, 'colour': 2, 'sum': 4, 'reverse': 1, 'count': 1, 'remember': 1}
+TASKS = {'greet': 1, 'where': 3, 'who': 3, 'colour': 2, 'sum': 6, 'reverse': 1, 'count': 1, 'remember': 1}
 
 
 def held_out(*combination):
@@ -117,7 +119,8 @@ def exchange(rng, task, language, held):
     if task in ('where', 'who'):
         pairs, asked = facts(rng, held, w['names'], w['places'])
         answer = w['at'].format(*asked) if task == 'where' else asked[0]
-        return w['space'].join([*(w['is_in'].format(*p) for p in pairs), rng.choice(w[task]).format(*asked)]), answer
+        fact = w[f'{task}_fact']
+        return w['space'].join([*(fact.format(*p) for p in pairs), rng.choice(w[task]).format(*asked)]), answer
     if task == 'colour':
         pairs, asked = facts(rng, held, w['things'], w['colours'])
         return w['space'].join([*(w['has_colour'].format(*p) for p in pairs),
