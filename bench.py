@@ -28,7 +28,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
-from benchmarks.harness import add, commit, run_and_parse, run_in_subprocess, summary, table
+from benchmarks.harness import add, commit, gpu_memory, run_and_parse, run_in_subprocess, summary, table
 from configurator import REPO, configure
 
 rows = 'train_small,sample_small,batches'  # rows to measure, separated by commas; 'all', or 'list' to see them
@@ -107,16 +107,24 @@ def training_flags(size):
 
 
 def training(size, program, *first):
-    """Run train.py until its updates have taken `seconds`."""
+    """Run train.py until its updates have taken `seconds`. On CUDA the memory is the GPU's, all programs together."""
+    on_gpu = []  # torch keeps what it once took, so the last reading is the peak
+
+    def enough(found):
+        done = len(found) > 3 and found[-1][0] - found[1][0] >= seconds
+        on_gpu.extend([gpu_memory()] if done and device == 'cuda' else [])
+        return done
     found, _, peak = run_and_parse(command(program, 'train.py', *first, *training_flags(size)),
-                           r'^iter \d+: .* time ([\d.]+)ms(?:, mfu ([\d.]+)%)?',
-                           lambda found: len(found) > 3 and found[-1][0] - found[1][0] >= seconds)
+                                   r'^iter \d+: .* time ([\d.]+)ms(?:, mfu ([\d.]+)%)?', enough)
     shutil.rmtree('trained')
+    given = dict(word[2:].split('=', 1) for word in extra_args.split() if '=' in word and program != 'nanoGPT')
+    batch_size, block_size = (int(given.get(name, size[name])) for name in ('batch_size', 'block_size'))
     ms = statistics.median(float(match[1]) for _, match in found[2:])
     mfu = [float(match[2]) for _, match in found[2:] if match[2] and program != 'nanoGPT']  # its MFU is an A100's
-    return {'ms per update': ms, 'tokens/s': 1000 / ms * size['batch_size'] * size['block_size'],
+    return {'ms per update': ms, 'tokens/s': 1000 / ms * batch_size * block_size,
             **({'MFU, %': statistics.median(mfu)} if mfu else {}),
-            's from command to first update': found[0][0], 'MiB at peak': peak}
+            's from command to first update': found[0][0],
+            **({'MiB at peak on the GPU': on_gpu[-1]} if on_gpu else {'MiB at peak': peak})}
 
 
 def recipe_size():

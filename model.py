@@ -71,7 +71,7 @@ class LayerNorm(nn.Module):
         self.bias = nn.Parameter(torch.zeros(config.n_embd)) if config.bias else None
 
     def forward(self, x):
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, 1e-5)
+        return F.layer_norm(x.to(self.weight.dtype), self.weight.shape, self.weight, self.bias, 1e-5)
 
 
 class RMSNorm(nn.Module):
@@ -224,6 +224,7 @@ class GPT(nn.Module):
             raise ValueError('; '.join(errors))
         self.config = config
         self.linears = []  # of the blocks, once set_compute_dtype has been called
+        self.residual_dtype = None  # None: that of the embeddings
         self.checkpoint_activations = False  # recompute each block in the backward pass instead of storing it
         self.transformer = nn.ModuleDict({'wte': Embedding(config.vocab_size, config.n_embd)})
         if config.pos == 'learned':
@@ -249,12 +250,10 @@ class GPT(nn.Module):
         """
         zero = self.config.norm == 'rmsnorm'
         for name, p in self.named_parameters():
-            if name.endswith('bias'):
+            if name.endswith('bias') or (name == 'lm_head.weight' and zero):
                 nn.init.zeros_(p)
             elif name.endswith('c_proj.weight'):
                 nn.init.normal_(p, std=0.0 if zero else 0.02 / math.sqrt(2 * self.config.n_layer))
-            elif name == 'lm_head.weight' and zero:
-                nn.init.zeros_(p)
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
 
@@ -278,7 +277,7 @@ class GPT(nn.Module):
         rope = None if self.rope is None else self.rope[:, positions].to(self.dtype)
         if rope is None:
             x = x + self.transformer.wpe.weight[positions]
-        x = self.transformer.drop(x)
+        x = self.transformer.drop(x.to(dtype=self.residual_dtype))  # the residual stream
         for block in self.transformer.h:
             if self.checkpoint_activations and self.training:
                 x = torch.utils.checkpoint.checkpoint(block, x, rope, use_reentrant=False)
@@ -311,8 +310,9 @@ class GPT(nn.Module):
 
     # ---- not needed to understand the model -------------------------------------------------------------------------
 
-    def set_compute_dtype(self, dtype):
-        """Compute matrix products in `dtype`; weights, residual stream and norms stay float32."""
+    def set_compute_dtype(self, dtype, bf16_residual=False):
+        """Compute matrix products in `dtype`; the rest stays float32, but for the residual stream if told so."""
+        self.residual_dtype = dtype if bf16_residual and dtype == torch.bfloat16 else None
         for module in self.modules():
             if isinstance(module, Linear):
                 module.compute_dtype = dtype

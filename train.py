@@ -96,8 +96,10 @@ cooldown_frac = 0.5  # wsd: the last fraction of the schedule, in which the rate
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given
 dtype = 'auto'  # float32 | bfloat16 | float16; what the device does fast and safely unless given
 compile = True  # torch.compile; where it pays unless given
+bf16_residual = False  # the residual stream is bfloat16 where dtype is; less memory traffic on a GPU
 backend = 'nccl'  # torch.distributed backend; nccl on CUDA and gloo on CPU unless given
 parallel = 'ddp'  # ddp | fsdp (shards a model that does not fit one GPU)
+bf16_gradients = False  # ranks exchange gradients in bfloat16: half as many bytes; ddp only
 dist_timeout = 600.0  # seconds without progress after which a run on several ranks ends
 peak_tflops = 0.0  # the device's peak for MFU; 0 = looked up or measured on a GPU, no MFU on a CPU
 seed = 1337  # for weights, data order and dropout
@@ -243,7 +245,7 @@ def main(signals):
     lock = checkpoint.lock_out_dir(out_dir) if rt.is_master and not eval_only else None
 
     raw_model = build_model(settings, data, resumed)
-    raw_model.set_compute_dtype(rt.dtype)  # weights stay float32
+    raw_model.set_compute_dtype(rt.dtype, bf16_residual)  # weights stay float32
     raw_model.checkpoint_activations = checkpoint_activations
     raw_model = distributed.shard_or_move(raw_model, rt, parallel).train()
     opt = make_optimizer(optimizer, raw_model.param_groups(weight_decay, muon=optimizer == 'muon'), learning_rate,
@@ -266,7 +268,7 @@ def main(signals):
     compiled_model = compiler.compile_or_fall_back(
         raw_model, rt, settings.was_set('compile'), compiler.step_in_all_shapes(raw_model, batches),
         lambda step_seconds: min(step_seconds * micro_steps_left, 60 * max_minutes or math.inf))
-    model = distributed.wrap_ddp(compiled_model, rt, parallel)
+    model = distributed.wrap_ddp(compiled_model, rt, parallel, bf16_gradients)
     if eval_only:
         losses, bpb = final_losses(compiled_model, raw_model, rt, data)
         say(log.step_line(p.iter_num, *losses, bpb))
@@ -300,11 +302,10 @@ def main(signals):
     def save(as_best, required, wait=True):
         """Write last.pt, and ckpt.pt if `as_best`; every rank calls it. required: a failure ends the run."""
         state = {**vars(p), 'minutes': minutes_now(), 'model_args': raw_model.config.model_args(),
-                 'model': distributed.full_state_dict(raw_model, rt.is_master),
+                 'model': distributed.full_state_dict(raw_model, rt.is_master), 'scaler': scaler.state_dict(),
                  'optimizer': distributed.full_state_dict(opt.state_dict(), rt.is_master),
                  'config': dict(settings), 'origins': settings.kinds(), 'format': checkpoint.FORMAT,
-                 'tokenizer': data.tokenizer, 'chat': data.marks, 'data': data.fingerprint(), 'rng': rt.rng_states(),
-                 'scaler': scaler.state_dict()}
+                 'tokenizer': data.tokenizer, 'chat': data.marks, 'data': data.fingerprint(), 'rng': rt.rng_states()}
         guard.saved_iter = saver.save(state, raw_model, as_best, required, wait)
 
     rt.interrupted = lambda: signals.level > 1
@@ -372,8 +373,7 @@ def main(signals):
                 scaler.scale(loss).backward()
                 total_loss = total_loss + loss.detach()  # stays on the device: no sync
             scaler.unscale_(opt)
-            grad_norm = clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf)
-            grad_norm = distributed.full_tensor(grad_norm)
+            grad_norm = distributed.full_tensor(clip_grad_norm_(raw_model.parameters(), grad_clip or math.inf))
             if guard.allows(opt, total_loss, grad_norm):  # the device skips a non-finite update; False only on Metal
                 scaler.step(opt)
             scaler.update()

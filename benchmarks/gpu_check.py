@@ -73,16 +73,17 @@ def parity():
     for name, options in (('classic', {}), ("GPT-2's bias and gelu_tanh", dict(bias=True, mlp='gelu_tanh')),
                           ('modern', MODERN), ('modern, smear, swiglu', {**MODERN, 'mlp': 'swiglu', 'smear': True})):
         model, found = make_model(SMALL, **options), {}
-        for how, dtype in (('float32', torch.float32), ('eager', torch.bfloat16), ('compiled', torch.bfloat16)):
-            model.set_compute_dtype(dtype)
+        for how, dtype in (('float32', torch.float32), ('eager', torch.bfloat16), ('compiled', torch.bfloat16),
+                           ('compiled with bf16_residual', torch.bfloat16)):
+            model.set_compute_dtype(dtype, bf16_residual='residual' in how)
             model.zero_grad(set_to_none=True)
             plain = torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
             with plain if how == 'float32' else contextlib.nullcontext():
-                loss = (compiled(model) if how == 'compiled' else model)(*make_batch(SMALL, 8))[1]
+                loss = (compiled(model) if 'compiled' in how else model)(*make_batch(SMALL, 8))[1]
                 loss.backward()
             found[how] = float(loss.detach()), {n: p.grad.float().clone() for n, p in model.named_parameters()}
             torch._dynamo.reset()
-        for how in ('eager', 'compiled'):
+        for how in list(found)[1:]:
             worst = max((float((found[how][1][n] - g).norm() / (g.norm() + 1e-12)), n)
                         for n, g in found['float32'][1].items())
             print(f'parity, {name}, {how}: loss off by {found[how][0] - found["float32"][0]:+.1e}, '
@@ -142,10 +143,11 @@ def decode():
 
 def speed():
     """Training tokens/s, memory and seconds to compile, by micro-batch, and the time of the optimizer."""
+    sizes = [(16, False), (32, False), (32, True), (64, False)] if CUDA else [(2, False), (2, True)]
     for name, options, kind in (('classic', {}, 'adamw'), ('modern', MODERN, 'muon')):
-        for batch_size in (16, 32, 64) if CUDA else (2,):
+        for batch_size, bf16_residual in sizes:
             model = make_model(FULL, **options)
-            model.set_compute_dtype(torch.bfloat16)
+            model.set_compute_dtype(torch.bfloat16, bf16_residual)
             network, update, batch = compiled(model), make_update(kind, model), make_batch(FULL, batch_size)
             began = time.perf_counter()
             update(network, *batch)
@@ -165,9 +167,10 @@ def speed():
                 model.zero_grad(set_to_none=True)
             micro = seconds['micro-batch']
             peak = torch.cuda.max_memory_allocated() / 2**30 if CUDA else 0
-            print(f'speed, {name}, {batch_size} sequences: {batch_size * FULL["block_size"] / micro:,.0f} tokens/s, '
-                  f'{1e3 * micro:.1f} ms per micro-batch, {1e3 * (seconds["update"] - micro):.1f} ms for clipping and '
-                  f'{kind}, {peak:.1f} GiB, {first:.0f} s for the first call', flush=True)
+            print(f'speed, {name}{", bf16_residual" * bf16_residual}, {batch_size} sequences: '
+                  f'{batch_size * FULL["block_size"] / micro:,.0f} tokens/s, {1e3 * micro:.1f} ms per micro-batch, '
+                  f'{1e3 * (seconds["update"] - micro):.1f} ms for clipping and {kind}, {peak:.1f} GiB, '
+                  f'{first:.0f} s for the first call', flush=True)
             del network, update, model
             torch._dynamo.reset()
             if CUDA:

@@ -44,6 +44,16 @@ def run_and_parse(command, pattern='', enough=lambda found: False, env=None):
     return found, seconds, peak
 
 
+def gpu_memory():
+    """Return the MiB in use on the GPU that has most in use, as nvidia-smi reports them; 0 if there is none."""
+    command = ['nvidia-smi', '--query-gpu=memory.used', '--format=csv,noheader,nounits']
+    try:
+        used = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
+    except (OSError, subprocess.CalledProcessError):
+        return 0.0
+    return max(map(float, used), default=0.0)
+
+
 def run_in_subprocess(name, *args):
     """Call a function of a module in benchmarks/, such as 'workloads.machine', in a new process; return its result.
 
@@ -96,7 +106,7 @@ def spread(s):
 
 def gain(quantity, ours, other):
     """Return how many times better ours is, as text; '' if neither more nor less is better."""
-    less = quantity.replace(',', ' ').split()[0] in ('s', 'ms', 'us') or quantity == 'MiB at peak'
+    less = quantity.replace(',', ' ').split()[0] in ('s', 'ms', 'us') or quantity.startswith('MiB at peak')
     known = all(0 < side['median'] < float('inf') for side in (ours, other))
     if not known or not (less or '/s' in quantity):
         return ''

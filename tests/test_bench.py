@@ -1,5 +1,6 @@
 """bench.py and benchmarks/: measurements, counted operations, tables and pictures."""
 import json
+import re
 import runpy
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from conftest import REPO, TINY
 
+import bench
 from benchmarks import harness, operations
 
 ENTRY = {'what': 'training', 'command': 'python bench.py --rows=train', 'machine': {'cpu': 'abacus'},
@@ -26,6 +28,25 @@ def test_a_row_runs_the_program_itself_and_is_added_to_the_file(run, workdir):
     assert sides['ours']['MiB at peak']['median'] > 100
     assert '| training 0.8M, 12 x 64 a | ms per update | ' in outcome.out
     assert sorted(path.name for path in workdir.iterdir()) == ['bench.json', 'data']  # the rest was temporary
+
+
+def test_on_cuda_a_row_has_the_memory_of_the_gpu_and_counts_the_batch_that_was_trained(tmp_path, monkeypatch):
+    (tmp_path / 'nvidia-smi').write_text('#!/bin/sh\nprintf "10\\n2345\\n"\n', encoding='utf-8')  # of two GPUs
+    (tmp_path / 'nvidia-smi').chmod(0o755)
+    (tmp_path / 'trained').mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('PATH', str(tmp_path), prepend=':')
+
+    def run_and_parse(command, pattern, enough):
+        found = [(float(i), re.search(pattern, f'iter {i}: loss 1.0, time 10.00ms')) for i in range(5)]
+        assert '--batch_size=64' in command and enough(found)
+        return found, 5.0, 99.0
+    for name, value in (('device', 'cuda'), ('extra_args', '--batch_size=64'), ('seconds', 1.0),
+                        ('run_and_parse', run_and_parse)):
+        monkeypatch.setattr(bench, name, value)
+    row = bench.training(bench.SMALL, 'ours')
+    assert row['MiB at peak on the GPU'] == 2345 and 'MiB at peak' not in row
+    assert row['tokens/s'] == pytest.approx(100 * 64 * 64)  # 64 sequences of SMALL's 64 tokens, 100 times a second
 
 
 # counted operations

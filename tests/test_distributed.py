@@ -111,7 +111,8 @@ def folders():
 def trained(run, workdir, monkeypatch, folders):
     """trained('ddp') returns the folder and the ranks' outcomes of a run of two ranks; trained('one'), of one process.
 
-    Each is trained once for all tests of this file. The first update's gradients are in gradients*.pt.
+    'fsdp' is another, and 'bf16', one update of DDP with bf16_gradients. Each is trained once for all tests of this
+    file. The first update's gradients are in gradients*.pt.
     """
     def train(kind):
         if kind not in folders:
@@ -122,7 +123,8 @@ def trained(run, workdir, monkeypatch, folders):
                 outcomes = [(run('train.py', *flags).status, '', '')]
             else:
                 hook = CHUNKED_LOSS + PRINT_SHARDS + KEEP_GRADIENTS
-                outcomes = two(workdir, f'--out_dir=trained-{kind}', f'--parallel={kind}', hook=hook)
+                how = ['--bf16_gradients', '--max_iters=1'] if kind == 'bf16' else [f'--parallel={kind}']
+                outcomes = two(workdir, f'--out_dir=trained-{kind}', *how, hook=hook)
             assert {status for status, _, _ in outcomes} == {0}, [err for _, _, err in outcomes]
             folders[kind] = workdir, outcomes
         return folders[kind]
@@ -145,6 +147,14 @@ def test_gradients_of_two_ranks_are_the_mean_over_the_global_batch(trained, para
     first, second = (load(trained(parallel)[0] / f'gradients{rank}.pt') for rank in (0, 1))
     for a, b, c in zip(alone, first, second, strict=True):
         assert float((a - b).norm()) <= 1e-6 * float(a.norm()) and torch.equal(b, c)
+
+
+def test_gradients_that_two_ranks_send_in_bfloat16_differ_by_its_rounding(trained):
+    alone = load(trained('one')[0] / 'gradientsalone.pt')
+    first, second = (load(trained('bf16')[0] / f'gradients{rank}.pt') for rank in (0, 1))
+    for a, b, c in zip(alone, first, second, strict=True):
+        assert b.dtype == torch.float32 and torch.equal(b, c)
+        assert 1e-4 < float((a - b).norm() / a.norm()) < 1e-2
 
 
 @pytest.mark.parametrize('parallel, fraction', [('ddp', 1.0), ('fsdp', 0.5)])
@@ -381,8 +391,9 @@ if rank == 1:
     assert "rank 1 has None; every machine must see the same files" in outcomes[0][2]
 
 
-def test_adapters_are_refused_with_fsdp(run, workdir):
-    done = run('train.py', *TINY, '--parallel=fsdp', '--lora_rank=2')
+@pytest.mark.parametrize('flag', ['--lora_rank=2', '--bf16_gradients'])
+def test_what_works_with_ddp_only_is_refused_with_fsdp(run, workdir, flag):
+    done = run('train.py', *TINY, '--parallel=fsdp', flag)
     assert done.status == 2 and 'parallel=ddp only' in done.last_error
 
 
@@ -426,12 +437,12 @@ def counted(params, *args):
     dtypes.update(tensor.dtype for p in params for tensor in p.all_gather_inputs)
     return gather(params, *args)
 group.foreach_all_gather = counted
-def gradients(norm, dtype):
+def gradients(norm, dtype, bf16_residual=False):
     dtypes.clear()
     torch.manual_seed(1)
     net = GPT(GPTConfig(8, 16, 2, 1, 8, bias=True, norm=norm))
     torch.nn.init.normal_(net.transformer.h[0].mlp.c_proj.weight)
-    net.set_compute_dtype(torch.bfloat16)
+    net.set_compute_dtype(torch.bfloat16, bf16_residual)
     rt = SimpleNamespace(world_size=2, device=torch.device('cpu'), dtype=dtype)
     net = distributed.shard_or_move(net, rt, 'fsdp')
     for last in (False, False, True):
@@ -442,7 +453,7 @@ def gradients(norm, dtype):
 half, with_half = gradients('rmsnorm', torch.bfloat16)
 full, with_full = gradients('rmsnorm', torch.float32)
 print(all(map(torch.equal, half, full)), {p.dtype for p in half}, with_half, with_full,
-      gradients('layernorm', torch.bfloat16)[1])
+      gradients('layernorm', torch.bfloat16)[1], gradients('layernorm', torch.bfloat16, bf16_residual=True)[1])
 dist.destroy_process_group()
 sys.exit()
 """
@@ -451,9 +462,9 @@ sys.exit()
 def test_fsdp_sends_matrices_in_bfloat16_and_the_gradients_are_those_of_float32(workdir):
     outcomes = Ranks(2, 'train.py', free_port(), cwd=workdir, hook=HALF).wait()
     assert [(status, err) for status, _, err in outcomes] == [(0, '')] * 2
-    # the embedding is float32; so is a layer whose norms have weights
+    # the embedding is float32; so is a layer whose norms have weights, unless the residual stream is bfloat16
     assert outcomes[0][1] == ("True {torch.float32} ['torch.bfloat16', 'torch.float32'] ['torch.float32'] "
-                              "['torch.float32']\n")
+                              "['torch.float32'] ['torch.bfloat16', 'torch.float32']\n")
 
 
 def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
@@ -467,6 +478,7 @@ def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
         rt = Runtime(torch.device('cpu'), torch.float32, False, '', world_size=2)
         ddp = distributed.wrap_ddp(Model(), rt, 'ddp')
         assert not ddp.will_sync_module_buffers() and ddp.gradient_as_bucket_view
+        assert not ddp._comm_hooks  # gradients are sent as they are
     finally:
         torch.distributed.destroy_process_group()
 

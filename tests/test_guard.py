@@ -1,5 +1,7 @@
 """lib/training/guard.py: nothing that is not finite reaches the weights or a checkpoint (faults 38 to 42)."""
+import contextlib
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -101,6 +103,31 @@ def test_an_update_marked_as_not_finite_changes_no_weight_and_no_moment(kind):  
     before, masked, after = step(0.0), step(1.0), step(0.0)
     assert all(torch.equal(a, b) for a, b in zip(before, masked))
     assert not any(torch.equal(a, b) for a, b in zip(before, after) if a.dim() > 1)
+
+
+@pytest.mark.parametrize('loss', [1.0, math.nan])
+def test_on_metal_a_bad_update_is_skipped_and_the_host_waits_once(loss):
+    reads = []
+
+    class OnMetal(torch.Tensor):
+        def cpu(self):
+            reads.append('cpu')
+            return self.as_subclass(torch.Tensor)
+
+        def tolist(self):
+            reads.append('tolist')
+            return super().tolist()
+
+        def __bool__(self):
+            reads.append('bool')
+            return bool(self.as_subclass(torch.Tensor))
+    rt = Runtime(torch.device('mps'), torch.float32, False, '')
+    watch = Guard(rt, torch.amp.GradScaler('cpu', enabled=False), 'out', saved_iter=5)
+    numbers = [torch.tensor(x).as_subclass(OnMetal) for x in (loss, 2.0)]
+    assert watch.allows(SimpleNamespace(), *numbers) == math.isfinite(loss)
+    with contextlib.nullcontext() if math.isfinite(loss) else pytest.raises(SystemExit, match='the loss is nan'):
+        watch.check(6)
+    assert reads == ['cpu']
 
 
 @pytest.mark.parametrize('losses', [[math.inf, 1.0], [1.0, math.nan]])

@@ -55,4 +55,4 @@ def test_the_gpu_check_finds_nothing_wrong_on_the_cpu():
     child = python('import runpy, sys; sys.argv = ["gpu_check.py", "parity", "guards", "decode"]\n'
                    f'runpy.run_path({str(REPO / "benchmarks" / "gpu_check.py")!r}, run_name="__main__")')
     out, err = child.communicate(timeout=120)
-    assert child.returncode == 0 and 'BAD' not in out and out.count('\n') == 20, out + err
+    assert child.returncode == 0 and 'BAD' not in out and out.count('\n') == 24, out + err

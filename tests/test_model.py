@@ -225,6 +225,21 @@ def test_bfloat16_products_are_near_float32():
     assert loss != exact and abs(loss - exact) < 0.03
 
 
+@pytest.mark.parametrize('options', [dict(bias=True), dict(pos='rope', norm='rmsnorm', qk_norm=True, smear=True)])
+def test_a_bfloat16_residual_stream_changes_loss_and_gradients_by_rounding(options):
+    net, idx, found = make(**options), tokens(), []
+    for bf16_residual in (False, True):
+        net.set_compute_dtype(torch.bfloat16, bf16_residual)
+        net.zero_grad()
+        loss = net(idx, idx)[1]
+        loss.backward()
+        found.append((float(loss.detach()), {name: g.clone() for name, g in gradients(net).items()}))
+    (loss, grads), (loss16, grads16) = found
+    assert 0 < abs(loss16 - loss) < 0.03 and grads16.keys() == grads.keys()
+    for name, g in grads.items():
+        assert grads16[name].dtype == torch.float32 and float((grads16[name] - g).norm()) < 0.06 * float(g.norm()), name
+
+
 # ---- initialisation ----------------------------------------------------------------------------------------------
 
 def test_initial_weights_have_gpt2s_spread():

@@ -17,7 +17,7 @@ from lib.text import dataset
 from lib.text.dataset import open_dataset, train_starts
 from lib.training.log import read_log
 from lib.weights import checkpoint
-from model import GPT, GPTConfig
+from model import GPT, Block, GPTConfig
 
 
 def without(*names):
@@ -53,6 +53,14 @@ def test_a_finished_run_says_so_and_which_settings_train_longer(run, workdir):
     assert 'nothing left to do' not in run('train.py', *TINY).out
     done = run('train.py', *TINY, '--init_from=resume')
     assert done.status == 0 and 'nothing left to do at iter 6: to train longer raise --max_iters' in done.out
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float32'])
+def test_bf16_residual_keeps_the_stream_in_bfloat16_where_products_are(run, workdir, monkeypatch, dtype):
+    real, seen = Block.forward, set()
+    monkeypatch.setattr(Block, 'forward', lambda self, x, *args: seen.add(x.dtype) or real(self, x, *args))
+    assert run('train.py', *TINY, '--max_iters=1', f'--dtype={dtype}', '--bf16_residual').status == 0
+    assert seen == {getattr(torch, dtype)}
 
 
 def test_a_compiled_model_is_saved_under_the_same_names(run, workdir, monkeypatch):

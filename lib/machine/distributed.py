@@ -149,7 +149,8 @@ def shard_or_move(model, runtime, parallel):
     """Move `model` to the device; with parallel='fsdp' and several ranks, each rank keeps a shard of every tensor.
 
     FSDP2 (pytorch.org/docs, fully_shard) gathers one layer of a ModuleList at a time, when it is needed; in the dtype
-    of matrix products, if it has no other parameters. Gradients are added up in float32.
+    of matrix products, if it has no other parameters or the residual stream is in that dtype, too. Gradients are added
+    up in float32.
     """
     if parallel == 'fsdp' and runtime.world_size > 1:
         from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard  # this import takes two seconds
@@ -157,7 +158,8 @@ def shard_or_move(model, runtime, parallel):
         half = MixedPrecisionPolicy(runtime.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
         for layers in [m for m in model.modules() if isinstance(m, torch.nn.ModuleList)]:
             for layer in layers:
-                fully_shard(layer, mesh=mesh, **(dict(mp_policy=half) if _only_linear(layer) else {}))
+                in_half = getattr(model, 'residual_dtype', None) or _only_linear(layer)
+                fully_shard(layer, mesh=mesh, **(dict(mp_policy=half) if in_half else {}))
         fully_shard(model, mesh=mesh)
     return model.to(runtime.device)
 
@@ -171,15 +173,27 @@ def _only_linear(layer):
     return set(layer.parameters()) == {p for m in linear for p in m.parameters()}
 
 
-def wrap_ddp(model, runtime, parallel):
-    """Return `model` in DistributedDataParallel, which averages gradients; with one rank or FSDP, `model` unchanged."""
+def wrap_ddp(model, runtime, parallel, bf16_gradients=False):
+    """Return `model` in DistributedDataParallel, which averages gradients; with one rank or FSDP, `model` unchanged.
+
+    bf16_gradients: the ranks send them in bfloat16, and keep the mean in float32.
+    """
     if runtime.world_size == 1 or parallel == 'fsdp':
         return model
     ids = [runtime.device.index] if runtime.device.type == 'cuda' else None
     ddp = torch.nn.parallel.DistributedDataParallel
     # buffers are constant tables, equal on all ranks; DDP would send them before every update
     ddp._set_params_and_buffers_to_ignore_for_model(model, [name for name, _ in model.named_buffers()])
-    return ddp(model, device_ids=ids, gradient_as_bucket_view=True)  # without a second copy of the gradients
+    model = ddp(model, device_ids=ids, gradient_as_bucket_view=True)  # without a second copy of the gradients
+    if bf16_gradients:
+        model.register_comm_hook(None, _average_in_bfloat16)
+    return model
+
+
+def _average_in_bfloat16(group, bucket):
+    """torch's hook for DDP, under another name: by its own name DDP refuses it where gradients are not on a GPU."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
+    return bf16_compress_hook(group, bucket)
 
 
 def set_grad_sync(model, on):

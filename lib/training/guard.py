@@ -21,14 +21,16 @@ class Guard:
     def allows(self, opt, loss, grad_norm):
         """Return whether to call opt.step(), which itself skips a non-finite update where torch supports it.
 
-        loss, grad_norm: scalars on the device. The fused optimizers read `found_inf` there; Metal's does not.
+        loss, grad_norm: scalars on the device. The fused optimizers read `found_inf` there; Metal's does not in all
+        versions of torch, so the host waits for these two numbers, once per update.
         """
         self._latest = torch.stack([loss, grad_norm])
-        if self.scaler.is_enabled():
-            return True
-        bad = ~torch.isfinite(loss + grad_norm)
-        opt.found_inf = bad.float()
-        return self.rt.device.type != 'mps' or not bad
+        if self.rt.device.type == 'mps':
+            self._latest = self._latest.cpu()  # check() reads the copy
+            return math.isfinite(self._latest.sum())
+        if not self.scaler.is_enabled():
+            opt.found_inf = (~torch.isfinite(loss + grad_norm)).float()
+        return True
 
     def check(self, iter_num):
         """Raise UserError if the update before last (on CUDA) or the last one was not finite."""

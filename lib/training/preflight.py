@@ -39,6 +39,7 @@ CONFLICTS = (
     (lambda s: s['lora_rank'] > 0 and s['init_from'] == 'scratch',
      'lora_rank adapts a trained model: --init_from=gpt2* or a folder; to continue a run --init_from=resume'),
     (lambda s: s['lora_rank'] > 0 and s['parallel'] == 'fsdp', 'lora_rank works with parallel=ddp only'),
+    (lambda s: s['bf16_gradients'] and s['parallel'] == 'fsdp', 'bf16_gradients works with parallel=ddp only'),
     (lambda s: s['lora_rank'] > 0 and s['optimizer'] == 'muon',
      'lora_rank trains thin matrices, which muon is not for; use --optimizer=adamw'),
     (lambda s: s['context_warmup'] and s['block_size'] % 4, 'context_warmup needs a block_size divisible by 4'),
