@@ -194,7 +194,7 @@ def main():
         show('updates', f'about {updates:,.0f} in {job.max_minutes:g} minutes')
     show('data', plan.data_sentence(job, updates * job.tokens_per_update))
     if problem:
-        assumed = '' if s['vocab_size'] or gpt2.find(s['init_from']) else '; a vocabulary of 50304 is assumed'
+        assumed = '' if s['vocab_size'] or gpt2.find(s['init_from']) else '; a vocabulary of 50,304 is assumed'
         show('', f'epochs are unknown{assumed}: {problem}')
 
 
