@@ -51,7 +51,7 @@ def errors(run, *flags):
     (['--muon_momentum=1'], 'muon_momentum must be at least 0 and below 1, got 1.0'),
     (['--cooldown_frac=0'], 'cooldown_frac must be above 0 and at most 1, got 0.0'),
     (['--seed=9223372036854775808'], 'seed must be below 2**63, got 9223372036854775808'),
-    (['--warmup_iters=6', '--lr_decay_iters=6'], 'warmup_iters must be below lr_decay_iters'),  # 66
+    (['--warmup_iters=6', '--lr_decay_iters=6'], 'warmup_iters=6 must be below lr_decay_iters=6'),  # 66
     (['--context_warmup=2'], 'context_warmup must be at least 0 and at most 1, got 2.0'),
     (['--context_warmup=0.5', '--block_size=6'], 'context_warmup needs a block_size divisible by 4'),
     (['--n_embd=8', '--n_head=3'], 'n_embd=8 is not divisible by n_head=3'),  # 67
