@@ -77,7 +77,8 @@ def check(s):
 def window_batches(split, block_size, stride):
     """Yield (idx, targets) (B, T) over a datasets.Split in windows of one length; targets not to be scored are -1."""
     if split.dialogues is not None:
-        yield from datasets.split_batches(split, block_size, batch_size)
+        batches = datasets.split_batches(split, block_size, batch_size)
+        yield from log.progress(batches, len(batches), 'batches')
         return
     count = 1 + max(0, -(-(len(split) - 1 - block_size) // stride))
     batch = []

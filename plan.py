@@ -103,7 +103,8 @@ def show_memory(job, device_type, capacity, pretrained):
     else:
         lines.append('besides, Python and torch take about 0.3 GB, and the C library keeps freed memory')
     if capacity:
-        lines.append(f'{"fits" if found.total <= budget else "does not fit"} {plan.size(capacity)}')
+        fits = 'fits' if found.total <= budget else 'does not fit'
+        lines.append(f'{fits} {plan.size(capacity)}, of which tensors can fill {plan.size(budget)}')
         choices = [('as set', job)]
         if not job.checkpoint_activations:
             choices.append(('--checkpoint_activations', replace(job, checkpoint_activations=True)))
@@ -194,7 +195,7 @@ def main():
         show('updates', f'about {updates:,.0f} in {job.max_minutes:g} minutes')
     show('data', plan.data_sentence(job, updates * job.tokens_per_update))
     if problem:
-        assumed = '' if s['vocab_size'] or gpt2.find(s['init_from']) else '; a vocabulary of 50304 is assumed'
+        assumed = '' if s['vocab_size'] or gpt2.find(s['init_from']) else '; a vocabulary of 50,304 is assumed'
         show('', f'epochs are unknown{assumed}: {problem}')
 
 

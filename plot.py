@@ -64,6 +64,8 @@ def summary(run, width=80):
     note = f'; overfitting since, now {losses[-1]:.4f}' if curves.overfitting(curves.history_of(run)) else ''
     if curves.whole(run):
         note += f'; last model, whole split: {curves.whole(run):.4f}'
+    elif run.updates and run.updates[-1]['iter'] > run.evals[-1]['step']:  # it was interrupted, or is still training
+        note += f'; the updates up to iter {run.updates[-1]["iter"]:,} are not evaluated yet'
     ceiling = curves.y_limit(steps, losses)
     bars = sparkline([min(loss, ceiling) for loss in losses], max(8, width - 20))
     return (f'{run.name}: best val loss {top["val_loss"]:.4f} at iter {top["step"]:,}{note}\n'

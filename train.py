@@ -171,8 +171,7 @@ def final_losses(compiled_model, raw_model, rt, data):
     losses = []
     for split, max_targets in ((data.train, 2**16), (data.val, None)):
         batches = split_batches(split, block_size, batch_size, rt.rank, rt.world_size, max_targets)
-        n_batches = min(len(split), max_targets or len(split)) // (block_size * batch_size * rt.world_size)
-        batches = log.progress(batches, n_batches, 'last evaluation', show=rt.is_master)
+        batches = log.progress(batches, len(batches), 'last evaluation', show=rt.is_master)
         losses.append(estimate_loss(compiled_model, raw_model, rt, batches))
     return losses, data.val.bits_per_byte(losses[1], data.val.n_targets)
 

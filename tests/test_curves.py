@@ -191,6 +191,12 @@ def test_runs_with_one_tokenizer_are_compared_in_nats(tmp_path):
     assert not curves.use_bits([curves.read_run(write_run(tmp_path / name, FALL)) for name in 'ab'])
 
 
+def test_an_interrupted_run_names_the_updates_that_no_evaluation_has_seen(tmp_path):
+    run = curves.read_run(write_run(tmp_path / 'a', [4.2]))  # Ctrl-C came before the second evaluation
+    assert plot.summary(run).startswith(
+        'a: best val loss 4.2000 at iter 0; the updates up to iter 4 are not evaluated yet\n')
+
+
 def test_runs_with_an_unknown_number_of_bytes_are_compared_in_nats(tmp_path):
     runs = [curves.read_run(write_run(tmp_path / 'a', FALL)), curves.read_run(write_run(tmp_path / 'b', FALL, bits=0))]
     assert not curves.use_bits(runs)

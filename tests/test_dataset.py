@@ -143,6 +143,14 @@ def test_in_a_whole_split_every_token_but_the_first_is_a_target_once(world_size,
     assert sorted(np.concatenate([idx.numpy().ravel() for idx, _ in batches])) == list(range(n_tokens - 1))
 
 
+@pytest.mark.parametrize('n_tokens', [9, 32, 33, 34, 400])
+@pytest.mark.parametrize('most', [None, 64])
+def test_the_number_of_batches_of_a_whole_split_is_known_before_they_are_read(n_tokens, most):
+    for rank in range(3):
+        batches = split_batches(as_split(range(n_tokens)), 8, 4, rank, 3, most)
+        assert len(batches) == len(list(batches))
+
+
 def test_max_targets_reads_full_windows_spread_evenly_over_the_split():
     batches = list(split_batches(as_split(range(1001)), 10, 4, max_targets=99))
     first = np.concatenate([idx[:, 0].numpy() for idx, _ in batches])

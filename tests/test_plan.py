@@ -243,6 +243,16 @@ def test_the_line_of_train_py_has_time_memory_and_epochs():
     assert line.startswith('plan: about 10m') and '1k updates, 200k tokens (20 epochs), 2.50 GB of memory' in line
 
 
+def test_numbers_are_written_without_exponents():
+    assert [plan.about(value) for value in (0.0021, 0.21, 1.84, 9.96, 18.38, 99.7, 1123.55)] == [
+        '0.0021', '0.21', '1.8', '10', '18', '100', '1,124']
+
+
+def test_many_epochs_of_a_short_text_are_a_plain_number():  # the Three Character Classic has 1,367 tokens
+    run = job(GPTConfig(100, 65, 1, 1, 8), max_iters=2000, eval_interval=10**9, eval_iters=1, train_tokens=200)
+    assert '(2,000 epochs)' in plan.one_line(run, 0.6)[2] and ', 2,000 epochs of' in plan.data_sentence(run, 4e5)
+
+
 def test_a_resumed_run_has_the_rest_to_do():
     run = job(GPTConfig(100, 65, 1, 1, 8), max_iters=1000, eval_interval=10**9)
     assert plan.one_line(run, 0.6, updates_done=500)[0] == pytest.approx(5, rel=0.01)
@@ -328,7 +338,8 @@ def test_a_gtx_1060_needs_more_than_the_year_of_a_tutorial_even_at_its_peak(run,
 
 def test_the_page_of_a_prepared_dataset(run, workdir):
     found = run('plan.py', *TINY, '--on=t4', '--max_iters=1000', '--price=0.5', '--gpus=1')
-    assert found.status == 0 and 'fits 16.00 GB' in found.out and '16 epochs of train.bin' in found.out
+    assert found.status == 0 and '16 epochs of train.bin' in found.out
+    assert 'fits 16.00 GB, of which tensors can fill 13.92 GB' in found.out
     assert 'at 0.5 per card and hour' in found.out and 'a guess' in found.out
 
 

@@ -51,7 +51,7 @@ def errors(run, *flags):
     (['--muon_momentum=1'], 'muon_momentum must be at least 0 and below 1, got 1.0'),
     (['--cooldown_frac=0'], 'cooldown_frac must be above 0 and at most 1, got 0.0'),
     (['--seed=9223372036854775808'], 'seed must be below 2**63, got 9223372036854775808'),
-    (['--warmup_iters=6', '--lr_decay_iters=6'], 'warmup_iters must be below lr_decay_iters'),  # 66
+    (['--warmup_iters=6', '--lr_decay_iters=6'], 'warmup_iters=6 must be below lr_decay_iters=6'),  # 66
     (['--context_warmup=2'], 'context_warmup must be at least 0 and at most 1, got 2.0'),
     (['--context_warmup=0.5', '--block_size=6'], 'context_warmup needs a block_size divisible by 4'),
     (['--n_embd=8', '--n_head=3'], 'n_embd=8 is not divisible by n_head=3'),  # 67
@@ -347,13 +347,13 @@ print('statuses', statuses)
 
 
 @pytest.fixture(scope='module')
-def with_window(tmp_path_factory):
-    """A copy of the program with an option `window`; returns a function that runs commands there in one process."""
+def with_reach(tmp_path_factory):
+    """A copy of the program with an option `reach`; returns a function that runs commands there in one process."""
     copy = tmp_path_factory.mktemp('copy')
     for path in [*REPO.glob('*.py'), REPO / 'lib']:
         (shutil.copytree if path.is_dir() else shutil.copy)(path, copy / path.name)
-    for name, next_line, line in (('model.py', '    dropout: float', '    window: int = 0  # positions seen\n'),
-                                  ('train.py', 'dropout = ', 'window = 0  # positions seen\n')):
+    for name, next_line, line in (('model.py', '    dropout: float', '    reach: int = 0  # positions seen\n'),
+                                  ('train.py', 'dropout = ', 'reach = 0  # positions seen\n')):
         text = (copy / name).read_text(encoding='utf-8')
         assert text.count(f'\n{next_line}') == 1
         (copy / name).write_text(text.replace(f'\n{next_line}', f'\n{line}{next_line}'), encoding='utf-8')
@@ -367,15 +367,15 @@ def with_window(tmp_path_factory):
     return commands
 
 
-def test_a_new_model_option_trains_resumes_samples_and_is_refused_where_it_contradicts(with_window):
+def test_a_new_model_option_trains_resumes_samples_and_is_refused_where_it_contradicts(with_reach):
     tiny = ' '.join(TINY)
-    done, copy = with_window(f'train.py {tiny} --window=6 --max_iters=2',
-                             f'train.py {tiny} --init_from=resume --window=4 --max_iters=3',  # refused
-                             'train.py --init_from=resume --device=cpu --max_iters=3',
-                             'sample.py --device=cpu --num_samples=1 --max_new_tokens=3 --start=a',
-                             'evaluate.py --device=cpu', 'export.py --to=exported')  # GPT-2 has no such option
+    done, copy = with_reach(f'train.py {tiny} --reach=6 --max_iters=2',
+                            f'train.py {tiny} --init_from=resume --reach=4 --max_iters=3',  # refused
+                            'train.py --init_from=resume --device=cpu --max_iters=3',
+                            'sample.py --device=cpu --num_samples=1 --max_new_tokens=3 --start=a',
+                            'evaluate.py --device=cpu', 'export.py --to=exported')  # GPT-2 has no such option
     assert done.stdout.splitlines()[-1] == 'statuses [0, 2, 0, 0, 0, 1]', done.stderr
-    assert 'window=4 but the checkpoint out/last.pt has 6; drop the flag' in done.stderr
-    assert 'window' in done.stderr.splitlines()[-1] and not (copy / 'exported' / 'config.json').exists()
+    assert 'reach=4 but the checkpoint out/last.pt has 6; drop the flag' in done.stderr
+    assert 'reach' in done.stderr.splitlines()[-1] and not (copy / 'exported' / 'config.json').exists()
     state = load(copy / 'out' / 'last.pt')
-    assert state['model_args']['window'] == 6 and state['iter_num'] == 3
+    assert state['model_args']['reach'] == 6 and state['iter_num'] == 3

@@ -106,6 +106,65 @@ def test_the_settings_in_the_other_commands_of(readme):
         assert resolve(own, words, early={'device': lambda: 'cpu'} if 'device' in own else {}).errors == [], words
 
 
+def inline(readme):
+    """Return the commands `python SCRIPT.py ...` within a README's lines of text, as lists of words."""
+    text = re.sub(r'```.*?```', '', (REPO / readme).read_text(encoding='utf-8'), flags=re.S)
+    return [shlex.split(command) for command in re.findall(r'`python (\S+\.py[^`]*)`', text)]
+
+
+@pytest.mark.parametrize('readme', ['README.md', 'README.zh.md'])
+def test_the_settings_in_the_commands_within_the_text_of(readme, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / 'swanlab_log.py').write_text('wandb_log = True\n', encoding='utf-8')
+    found = inline(readme)
+    assert ['train.py', '--help'] in found
+    for script, *words in found:
+        own = literals(vars(importlib.import_module(script.removesuffix('.py'))))
+        words = [word for word in words if word != '--help']
+        assert resolve(own, words, early={'device': lambda: 'cpu'} if 'device' in own else {}).errors == [], words
+
+
+def test_the_three_lines_for_swanlab_are_a_config_that_starts_it(tmp_path, monkeypatch):
+    text = (REPO / 'README.zh.md').read_text(encoding='utf-8')
+    lines = [re.search(pattern, text)[1] for pattern in
+             ('`(import swanlab)`', '`(swanlab[.]sync_wandb[^`]*)`', '`(wandb_log = True)`')]
+    (tmp_path / 'swanlab_log.py').write_text('\n'.join(lines), encoding='utf-8')
+    (tmp_path / 'swanlab.py').write_text('calls = []\ndef sync_wandb(**options): calls.append(options)\n',
+                                         encoding='utf-8')
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    settings = resolve(literals(vars(train)), ['config/train_shakespeare_char.py', 'swanlab_log.py'],
+                       early={'device': lambda: 'cpu'})
+    assert settings.errors == [] and settings['wandb_log'] is True
+    assert importlib.import_module('swanlab').calls == [{'wandb_run': False}]
+
+
+def test_both_readmes_have_the_conda_line():
+    line = 'conda create -n minutegpt python=3.12 && conda activate minutegpt'
+    assert all(line in (REPO / name).read_text(encoding='utf-8') for name in ('README.md', 'README.zh.md'))
+
+
+def test_the_chinese_readme_names_what_readers_in_china_need():
+    text = (REPO / 'README.zh.md').read_text(encoding='utf-8')
+    for name in ('-i https://pypi.tuna.tsinghua.edu.cn/simple', 'HF_ENDPOINT=https://hf-mirror.com',
+                 'AI-ModelScope/gpt2 --local_dir gpt2-folder', '--init_from=gpt2-folder', 'swanlab.sync_wandb'):
+        assert name in text
+
+
+def test_the_errors_in_the_chinese_table_are_in_the_programs_words():
+    text = (REPO / 'README.zh.md').read_text(encoding='utf-8').split('## 常见报错')[1].split('\n## ')[0]
+    messages = [m for row in re.findall(r'^\| (`.*?) \| ', text, re.M) for m in re.findall(r'`([^`]+)`', row)
+                if not m.endswith('.py')]
+    code = ' '.join(path.read_text(encoding='utf-8') for path in [*REPO.glob('*.py'), *(REPO / 'lib').rglob('*.py')])
+    code = re.sub(r"""['"]\s+f?['"]""", '', code)  # strings that continue on the next line
+    assert len(messages) > 12
+    for message in messages:
+        words = re.findall(r"[A-Za-z][A-Za-z']*", re.sub(r'\S*[./]\S+', '', message))  # without names of files
+        wanted = min(3, len(words))
+        assert any(re.search(r'\W+'.join(map(re.escape, words[i:i + wanted])), code)
+                   for i in range(len(words) - wanted + 1)), message
+
+
 def test_the_quick_start_is_two_commands():
     text = (REPO / 'README.md').read_text(encoding='utf-8')
     section = text.split('## Quick start')[1].split('\n## ')[0]

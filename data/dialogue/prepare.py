@@ -175,6 +175,7 @@ def dialogue(rng, held):
 def write_rows(folder):
     """Write both files and return [the training one]."""
     folder.mkdir(exist_ok=True)
+    print(f'writing {N_TRAIN + N_VAL:,} dialogues', file=sys.stderr)  # it takes some seconds
     for name, count, held in (('input-train.jsonl', N_TRAIN, False), ('input-val.jsonl', N_VAL, True)):
         rng = random.Random(f'dialogue {held}')
         rows = (json.dumps(dialogue(rng, held), ensure_ascii=False) for _ in range(count))

@@ -248,8 +248,21 @@ def eval_starts(n_tokens, block_size, n_batches, batch_size, dialogues=None):
     return starts.astype(np.int64).reshape(n_batches, batch_size)
 
 
+class Batches:
+    """The (idx, targets) at each (starts, length) of a list, read from a split one by one; len() is their number."""
+
+    def __init__(self, split, places):
+        self.split, self.places = split, places
+
+    def __len__(self):
+        return len(self.places)
+
+    def __iter__(self):
+        return (self.split.batch(*place) for place in self.places)
+
+
 def split_batches(split, block_size, batch_size, rank=0, world_size=1, max_targets=None):
-    """Yield this rank's (idx, targets), (B, T) each, of a whole split: windows of block_size tokens from token 0.
+    """Return this rank's Batches, (B, T) each, of a whole split: windows of block_size tokens from token 0.
 
     Every token but the first is a target once, and the last window is shorter. Batches are dealt to the ranks one
     after the other. max_targets: of a longer split read only about this many targets, in full windows spread evenly.
@@ -261,9 +274,8 @@ def split_batches(split, block_size, batch_size, rank=0, world_size=1, max_targe
         if max_targets and n_targets > max_targets:
             n_windows = min(len(starts), max(1, max_targets // block_size))
             starts = starts[np.linspace(0, len(starts) - 1, n_windows).astype(np.int64)]
-        batches = [starts[i:i + batch_size] for i in range(0, len(starts), batch_size)]
-        yield from (split.batch(batch, block_size) for batch in batches[rank::world_size])
-        return
+        batches = [(starts[i:i + batch_size], block_size) for i in range(0, len(starts), batch_size)]
+        return Batches(split, batches[rank::world_size])
     full = np.arange(0, n_targets - block_size + 1, block_size)
     rest = n_targets % block_size
     if max_targets and n_targets > max_targets:
@@ -272,8 +284,7 @@ def split_batches(split, block_size, batch_size, rank=0, world_size=1, max_targe
     batches = [(full[i:i + batch_size], block_size) for i in range(0, len(full), batch_size)]
     if rest:
         batches.append((np.array([n_targets - rest]), rest))
-    for starts, length in batches[rank::world_size]:
-        yield split.batch(starts, length)
+    return Batches(split, batches[rank::world_size])
 
 
 def sliding_windows(n_tokens, block_size, stride):

@@ -245,14 +245,19 @@ def size(n_bytes):
     return f'{n_bytes / 1e9:.2f} GB' if n_bytes >= 1e9 else f'{n_bytes / 1e6:.0f} MB'
 
 
+def about(value):
+    """Return a positive number as people write it, in two digits or whole: 0.21, 1.8, 18, 1,124 (not 1.1e+03)."""
+    return f'{value:.2g}' if value < 9.95 else f'{value:,.0f}'
+
+
 def data_sentence(job, tokens):
     """Return one line on `tokens` of training: per parameter, and how often they read train.bin."""
     per = tokens / count(job.config)
-    line = f'{human_number(tokens)} tokens, {per:.3g} per parameter (Chinchilla: {CHINCHILLA})'
+    line = f'{human_number(tokens)} tokens, {about(per)} per parameter (Chinchilla: {CHINCHILLA})'
     if not job.train_tokens:
         return line
     epochs = tokens / job.train_tokens
-    line += f', {epochs:.3g} epochs of train.bin ({human_number(job.train_tokens)} tokens)'
+    line += f', {about(epochs)} epochs of train.bin ({human_number(job.train_tokens)} tokens)'
     if epochs > REPEATS:
         line += f'; past {REPEATS} epochs repeated text teaches less and less, and a large model memorises it'
     return line
@@ -270,7 +275,7 @@ def one_line(job, seconds_per_update, n_bytes=0, updates_done=0):
         context: seconds_per_update * context / T for _, context in job.contexts}, evaluation)
     tokens = updates * job.tokens_per_update
     epochs = tokens / job.train_tokens if job.train_tokens else 0.0
-    read = f' ({epochs:.2g} epochs)' if epochs else ''
+    read = f' ({about(epochs)} epochs)' if epochs else ''
     held = f', {size(n_bytes)} of memory' if n_bytes else ''
     return minutes, epochs, (f'plan: about {duration(minutes)} for {human_number(round(updates))} updates, '
                              f'{human_number(tokens)} tokens{read}{held}')

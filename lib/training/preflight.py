@@ -28,7 +28,7 @@ AT_LEAST = {
         'lora_rank', 'sample_interval', 'learning_rate', 'muon_lr', 'min_lr', 'weight_decay', 'grad_clip', 'seed',
         'epoch_decay'),
 }
-# Settings that do not work together: (condition, error message).
+# Settings that do not work together: (condition, error message, in which {name} is the value of a setting).
 CONFLICTS = (
     (lambda s: s['dtype'] == 'float16' and not s['device'].startswith('cuda'),
      'dtype=float16 needs gradient scaling, which is available on CUDA only; use bfloat16 or float32'),
@@ -44,7 +44,8 @@ CONFLICTS = (
      'lora_rank trains thin matrices, which muon is not for; use --optimizer=adamw'),
     (lambda s: s['context_warmup'] and s['block_size'] % 4, 'context_warmup needs a block_size divisible by 4'),
     (lambda s: s['decay_lr'] and s.was_set('lr_decay_iters') and 0 < s['lr_decay_iters'] <= s['warmup_iters'],
-     'warmup_iters must be below lr_decay_iters, or the learning rate never decays'),
+     'warmup_iters={warmup_iters} must be below lr_decay_iters={lr_decay_iters}, or the learning rate never decays; '
+     'lower it with --warmup_iters, or leave lr_decay_iters out: it follows max_iters'),
 )
 
 
@@ -142,7 +143,7 @@ def check_values(s):
                       'folder with ckpt.pt, or with config.json and model.safetensors')
     if problem := devices.device_problem(s['device']):
         return [*errors, problem, *_batch_errors(s)]
-    return [*errors, *(message for applies, message in CONFLICTS if applies(s)), *_batch_errors(s)]
+    return [*errors, *(message.format_map(s) for applies, message in CONFLICTS if applies(s)), *_batch_errors(s)]
 
 
 def _batch_errors(s):

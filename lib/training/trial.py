@@ -125,6 +125,7 @@ def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn
     say(line)
     decay = decay_for_epochs(settings['weight_decay'], settings['epoch_decay'], epochs)
     if decay > settings['weight_decay'] and not updates_done:
-        say(f'weight decay: about {decay:.2g}, for {epochs:.2g} epochs (epoch_decay={settings["epoch_decay"]:g})')
+        say(f'weight decay: about {decay:.2g}, for {plan.about(epochs)} epochs '
+            f'(epoch_decay={settings["epoch_decay"]:g})')
     if not job.max_minutes and (warning := plan.long_run_warning(minutes)):
         warn(warning)
