@@ -357,7 +357,8 @@ def main(signals):
             epochs = p.tokens_seen / data.train.epoch_tokens(block_size) / fraction if fraction else 0.0  # of the run
             for group in opt.param_groups:
                 group['lr'] = group['initial_lr'] * lr_scale
-                group['weight_decay'] = decay_for_epochs(group['initial_decay'], epoch_decay, epochs)
+                group['weight_decay'] = decay_for_epochs(group['initial_decay'], epoch_decay, epochs,
+                                                         sequences * block_size)
             first, offset, context = next_windows(p.tokens_seen, sequences, block_size, fraction, context_warmup)
             starts = offset + train_starts(seed, len(data.train), block_size, first, sequences, data.train.dialogues)
             weights = data.train.weights(starts, micro_steps)  # all 1 unless the data has a mask

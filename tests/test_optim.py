@@ -285,5 +285,11 @@ def test_the_state_of_another_optimizer_is_refused():
 
 @pytest.mark.parametrize('epochs, expected', [(0, 0.1), (0.2, 0.1), (4, 0.4), (30, 1.095)])
 def test_weight_decay_follows_the_square_root_of_the_epochs(epochs, expected):
-    assert decay_for_epochs(0.1, 0.2, epochs) == pytest.approx(expected, rel=1e-3)
-    assert decay_for_epochs(0.1, 0.0, epochs) == 0.1 and decay_for_epochs(0.0, 0.2, epochs) == 0.0
+    assert decay_for_epochs(0.1, 0.2, epochs, 4096) == pytest.approx(expected, rel=1e-3)
+    assert decay_for_epochs(0.1, 0.0, epochs, 4096) == 0.1 and decay_for_epochs(0.0, 0.2, epochs, 4096) == 0.0
+
+
+def test_an_update_of_fewer_tokens_decays_less_because_an_epoch_has_more_of_them():
+    assert decay_for_epochs(0.1, 0.2, 16, 2048) == pytest.approx(0.4)
+    assert decay_for_epochs(0.1, 0.2, 16, 512) == 0.1
+    assert decay_for_epochs(0.1, 0.2, 16, 16384) == pytest.approx(0.8)

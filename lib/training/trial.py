@@ -123,7 +123,8 @@ def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn
     job = plan.job_from(settings, model.config, rt.dtype, data, rt.world_size)
     minutes, epochs, line = plan.one_line(job, seconds * job.micro_steps / rt.world_size, n_bytes, updates_done)
     say(line)
-    decay = decay_for_epochs(settings['weight_decay'], settings['epoch_decay'], epochs)
+    decay = decay_for_epochs(settings['weight_decay'], settings['epoch_decay'], epochs,
+                             job.sequences * settings['block_size'])
     if decay > settings['weight_decay'] and not updates_done:
         say(f'weight decay: about {decay:.2g}, for {plan.about(epochs)} epochs '
             f'(epoch_decay={settings["epoch_decay"]:g})')
