@@ -432,7 +432,7 @@ def test_a_header_that_claims_gigabytes_takes_no_memory(tmp_path):
                 file.write(header(kind, 2**31) + bytes(2**20))
             with pytest.raises(UserError, match='a header claims'):
                 read_whole(path)
-        path.write_bytes(b']\0\0\0\xff' + b'\xff' * 8 + bytes(100))  # an lzma file with a dictionary of 4 GB
+        path.write_bytes(b']\0\0\0\x80' + b'\xff' * 8 + bytes(100))  # an lzma file with a dictionary of 2 GB
         with pytest.raises(UserError, match='is a damaged lzma file'):
             read_whole(path)
     bounded(work)
@@ -462,6 +462,8 @@ def test_ascii_that_is_meant_as_it_stands_is_read_with_that_encoding(tmp_path, n
 
 
 def test_programs_and_logs_are_no_seven_bit_encodings(tmp_path):
+    rng = random.Random(5)  # keys in base64, which would be characters from everywhere in Unicode
+    by_accident = ''.join(chr(rng.randrange(0x2100, 0xd700)) for _ in range(90)).encode('utf-7').decode()
     for text in ('a = b + c\nx += d+e-f\n' * 50, 'print("\\x1b[31m\\u4eba")  # ~{x}~\n' + 'plain code = 1\n' * 50,
-                 '\x1b[31mred\x1b[0m\x1b(B\n' * 50):
+                 '\x1b[31mred\x1b[0m\x1b(B\n' * 50, by_accident):
         assert text_encodings._seven_bit(text.encode()) == ''
