@@ -25,7 +25,7 @@ from configurator import UserError
 from lib import tasks
 from lib.play import answers, curves
 from lib.play.models import Opened
-from lib.text import data_folder, dataset, read_text, schema, tokenizer
+from lib.text import chunks, data_folder, dataset, json_records, read_text, schema, tokenizer
 from lib.text import encodings as text_encodings
 from lib.training import curves as training_curves
 from lib.training import log, sweep, sweep_results
@@ -38,7 +38,7 @@ ROOM = 2**30  # bytes of memory that a reader may use beyond those of the proces
 MISSING = object()
 
 
-def bounded(work):
+def bounded(work, room=ROOM):
     """Run `work` in a child process with bounded memory and time; AssertionError with its traceback if it fails."""
     if not hasattr(os, 'fork') or sys.platform != 'linux':
         return work()
@@ -50,7 +50,7 @@ def bounded(work):
         try:
             os.fsync = lambda fd: None  # nothing here is about power failures
             used = int(Path('/proc/self/statm').read_text(encoding='ascii').split()[0]) * os.sysconf('SC_PAGE_SIZE')
-            resource.setrlimit(resource.RLIMIT_AS, (used + ROOM, used + ROOM))
+            resource.setrlimit(resource.RLIMIT_AS, (used + room, used + room))
             resource.setrlimit(resource.RLIMIT_CPU, (120, 120))
             work()
             status = 0
@@ -432,10 +432,24 @@ def test_a_header_that_claims_gigabytes_takes_no_memory(tmp_path):
                 file.write(header(kind, 2**31) + bytes(2**20))
             with pytest.raises(UserError, match='a header claims'):
                 read_whole(path)
-        path.write_bytes(b']\0\0\0\xff' + b'\xff' * 8 + bytes(100))  # an lzma file with a dictionary of 4 GB
+        path.write_bytes(b']\0\0\0\x80' + b'\xff' * 8 + bytes(100))  # an lzma file with a dictionary of 2 GB
         with pytest.raises(UserError, match='is a damaged lzma file'):
             read_whole(path)
     bounded(work)
+
+
+def test_a_line_of_200_megabytes_takes_little_memory(tmp_path):
+    path, n = tmp_path / 'a.txt', 200
+    with open(path, 'wb') as file:
+        for _ in range(n):
+            file.write(b'ab cd ' * 174_763)  # a mebibyte
+
+    def work():
+        stream = (('train', *piece) for piece in read_text.read(path, 'utf-8', ['text']))
+        sizes = [sum(len(text) for text, _ in pieces)
+                 for _, pieces in chunks.gather(stream, tokenizer.ByteTokenizer().safe_split, False)]
+        assert sum(sizes) == path.stat().st_size and max(sizes) < 3 * 2**20
+    bounded(work, room=2**28)
 
 
 # Other shapes of JSON
@@ -443,11 +457,19 @@ def test_a_header_that_claims_gigabytes_takes_no_memory(tmp_path):
 @pytest.mark.parametrize('content, reason', [
     (json.dumps({'cells': [{'source': ['a']}]}, indent=1), 'is JSON, but not one object per line'),  # a notebook
     ('{\n "text": "a"\n}\n{\n "text": "b"\n}\n' * 9, 'is JSON, but not one object per line'),
-    ('{"text": "a"},\n{"text": "b"}\n', ':1: a comma after a JSON object')])
+    ('{"text": "a"},\n{"text": "b"}\n', ':1: a comma after a JSON object'),
+    ('{"text": "a"} {"text": "b"}', ':1: not JSON .Extra data.; expected one object per line')])
 def test_json_is_known_by_its_content_and_not_by_its_name(tmp_path, content, reason):
     (tmp_path / 'a.txt').write_text(content, encoding='utf-8')
     with pytest.raises(UserError, match=reason):
         read_whole(tmp_path / 'a.txt')
+
+
+def test_a_json_object_that_is_longer_than_the_beginning_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(json_records, 'ENOUGH', 1 << 20)  # characters; a chunk has as many
+    text = 'word ' * 500_000
+    (tmp_path / 'a.jsonl').write_text(json.dumps({'text': text}), encoding='utf-8')
+    assert read_whole(tmp_path / 'a.jsonl') == text
 
 
 def test_a_json_text_sequence_is_read(tmp_path):
@@ -462,6 +484,8 @@ def test_ascii_that_is_meant_as_it_stands_is_read_with_that_encoding(tmp_path, n
 
 
 def test_programs_and_logs_are_no_seven_bit_encodings(tmp_path):
+    rng = random.Random(5)  # keys in base64, which would be characters from everywhere in Unicode
+    by_accident = ''.join(chr(rng.randrange(0x2100, 0xd700)) for _ in range(90)).encode('utf-7').decode()
     for text in ('a = b + c\nx += d+e-f\n' * 50, 'print("\\x1b[31m\\u4eba")  # ~{x}~\n' + 'plain code = 1\n' * 50,
-                 '\x1b[31mred\x1b[0m\x1b(B\n' * 50):
+                 '\x1b[31mred\x1b[0m\x1b(B\n' * 50, by_accident):
         assert text_encodings._seven_bit(text.encode()) == ''

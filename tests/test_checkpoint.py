@@ -166,6 +166,22 @@ def test_a_run_with_adapters_keeps_them_in_last_and_is_merged_in_ckpt(tmp_path):
     assert save_run(ONE, tmp_path, saved, model, as_best=False, required=True) and not (tmp_path / 'ckpt.pt').exists()
 
 
+def test_the_merged_model_of_a_run_with_adapters_is_no_training_state(tmp_path):
+    """Its optimizer has the state of the adapters, which the merged model lacks."""
+    model, saved = model_and_state(rank=2)
+    save_run(ONE, tmp_path, {**saved, 'optimizer': {}, 'best_val_loss': 1.0}, model, as_best=True, required=True)
+    (tmp_path / 'last.pt').unlink()
+    with pytest.raises(UserError, match='ckpt.pt has no optimizer: a model, but not a training state'):
+        checkpoint.find_latest(tmp_path)
+
+
+def test_a_run_that_begins_with_the_model_of_its_own_folder_keeps_it(run, trained):
+    done = run('train.py', *TINY, '--init_from=out', '--out_dir=out', '--max_iters=1', '--learning_rate=0')
+    assert done.status == 0 and 'its files are now in out/old-1' in done.out
+    before, now = (load(f'out/{name}')['model'] for name in ('old-1/ckpt.pt', 'ckpt.pt'))
+    assert differences(before, now) == []
+
+
 def test_only_rank_0_writes(tmp_path):
     model, saved = model_and_state()
     assert save_run(Master(is_master=False), tmp_path, saved, model, as_best=True, required=True)

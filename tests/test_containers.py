@@ -6,6 +6,7 @@ import io
 import json
 import lzma
 import pickle
+import re
 import sqlite3
 import tarfile
 import zipfile
@@ -157,7 +158,7 @@ def test_a_unicode_encoding_is_read_or_named(prepare, tmp_path, capfd, codec, te
         assert prepare(path).whole_text == text
         return
     message = fails(capfd, lambda: prepare(path))
-    assert f'--encoding={codec}' in message
+    assert re.search(rf'--encoding={codec}(?![\w-])', message)
     assert prepare(path, f'--encoding={codec}').whole_text == text
 
 
@@ -324,6 +325,6 @@ def test_every_magic_number_is_refused_by_its_name(tmp_path):
 
 
 def test_words_that_are_also_magic_numbers_are_text(prepare, tmp_path):
-    for word in containers.WORDS:
-        text = word.decode() + ' is a word.\n' + TEXT
+    for word in ('ORC', 'RIFF', 'MSCF', 'xar!', 'AT&TFORM', 'ID3', 'OggS', 'fLaC', 'GIF8'):
+        text = word + ' is a word.\n' + TEXT
         assert prepare(put(tmp_path / 'a.txt', text), '--name=x').whole_text == text

@@ -279,6 +279,13 @@ def test_a_sample_does_not_depend_on_the_maximum_length():
     assert torch.equal(short, long[:, :5])
 
 
+@pytest.mark.parametrize('rule', [dict(top_k=16), dict(top_k=1000), dict(min_p=1e-12), dict(no_repeat_ngram=21),
+                                  dict(repetition_penalty=1 + 1e-7)], ids=str)
+def test_a_rule_that_removes_no_token_changes_no_sample(rule):
+    plain, same = (ids_of(tiny(vocab_size=16), [1], 3, 20, seed=7, **rules) for rules in ({}, rule))
+    assert torch.equal(plain, same)
+
+
 def test_generation_does_not_change_the_global_random_state():
     model, before = tiny(), torch.get_rng_state()
     ids_of(model, [1], 2, 5)

@@ -7,6 +7,7 @@ import os
 import pickle
 import random
 import zipfile
+from collections import OrderedDict
 
 import kit
 import pytest
@@ -164,6 +165,53 @@ def test_a_tensor_whose_shape_and_moments_fit_is_not_written_beyond_its_end(stat
     assert torch.equal(optimizer.state_dict()['state'][0]['exp_avg'], before)
 
 
+@pytest.mark.filterwarnings('ignore::UserWarning', 'ignore::DeprecationWarning')
+@pytest.mark.parametrize('place', [('model', 'transformer.wte.weight'), ('optimizer', 'state', 0, 'exp_avg')])
+@pytest.mark.parametrize('make_tensor', [
+    lambda: torch.nested.nested_tensor([torch.zeros(16, 8)]), lambda: torch.zeros(16, 8, dtype=torch.bool),
+    lambda: torch.zeros(16, 8).to(torch.float8_e4m3fn), lambda: torch.eye(16, 8).to_sparse(),
+    lambda: torch.zeros(16, 8, device='meta'),
+    lambda: torch.quantize_per_tensor(torch.zeros(16, 8), 1.0, 0, torch.qint8)],
+    ids=['nested', 'bool', 'float8', 'sparse', 'without data', 'quantized'])
+def test_a_tensor_of_a_kind_that_no_weight_has_is_refused(states, tmp_path, place, make_tensor):
+    with pytest.raises(UserError, match='is not a plain tensor|has dtype'):
+        use(replaced(states['adamw', 0], place, make_tensor()), tmp_path / 'last.pt')
+
+
+class Rebuilt:
+    """Stored as a tensor that has four numbers in the file and claims another place, shape and strides."""
+
+    def __init__(self, offset, size, stride):
+        self.claim = offset, size, stride
+
+    def __reduce__(self):
+        return torch._utils._rebuild_tensor_v2, (torch.zeros(4)._typed_storage(), *self.claim, False, OrderedDict())
+
+
+@pytest.mark.parametrize('claim', [
+    (10**6, (16, 8), (8, 1)), (-1000, (16, 8), (8, 1)), (0, (16, 8), (8, 1)), (0, (-16, -8), (8, 1)),
+    (3, (16, 8), (-8, -1)), (0, (2**32, 2**32), (2**32, 1)), (2**63 - 1, (16, 8), (8, 1))], ids=str)
+@pytest.mark.parametrize('mmap', [False, True])
+def test_a_tensor_that_claims_memory_beyond_its_own_is_refused(states, tmp_path, claim, mmap):
+    torch.save(replaced(states['adamw', 0], ('model', 'transformer.wte.weight'), Rebuilt(*claim)), tmp_path / 'last.pt')
+    with pytest.raises(UserError, match='last.pt is damaged'):
+        checkpoint.load(tmp_path / 'last.pt', mmap=mmap)
+
+
+@pytest.mark.parametrize('mmap', [False, True])
+@pytest.mark.parametrize('change', [lambda data: data[:8], lambda data: b'', lambda data: data + bytes(64)],
+                         ids=['shorter', 'empty', 'longer'])
+def test_a_tensor_whose_part_of_the_file_has_another_size_is_refused(states, tmp_path, mmap, change):
+    """A mapped tensor would continue in what follows in the file, without an error."""
+    torch.save(states['adamw', 0], tmp_path / 'whole.pt')
+    with zipfile.ZipFile(tmp_path / 'whole.pt') as source, zipfile.ZipFile(tmp_path / 'last.pt', 'w') as target:
+        for member in source.infolist():
+            data = source.read(member)
+            target.writestr(member.filename, change(data) if member.filename.endswith('/data/3') else data)
+    with pytest.raises(UserError, match='last.pt is damaged .record size|last.pt is damaged: it has a tensor of'):
+        checkpoint.load(tmp_path / 'last.pt', mmap=mmap)
+
+
 WRONG = [None, 'text', '', -1, 0.5, 2**70, -2**70, math.nan, math.inf, True, [], [[]], {}, {'a': 1}, (1,),
          torch.zeros(3), ['a', 1, 2], [['a', 1, 2]], {1: 2}]
 
@@ -261,8 +309,9 @@ def test_lists_that_contain_each_other_many_times_are_refused_at_once(states, tm
 def test_a_meta_pkl_that_is_none_is_one_line_and_takes_no_memory(tmp_path, pickled):
     from lib.text import data_folder
     (tmp_path / 'meta.pkl').write_bytes(pickled)
-    with pytest.raises(UserError, match=r'meta\.pkl'):
+    with pytest.raises(UserError, match=r'meta\.pkl') as refused:
         data_folder.from_nanogpt_meta(tmp_path)
+    assert 'MemoryError' not in refused.value.message  # it was not even tried
 
 
 @pytest.mark.parametrize('text', ['9' * 5000, '[' * 100_000, '{"a":' * 100_000, '', 'x', '\ud800'])

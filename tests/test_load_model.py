@@ -108,6 +108,12 @@ def test_a_missing_checkpoint_is_named_with_the_remedy(tmp_path):
     assert 'ckpt.pt not found; train a model first' in refusal('resume', tmp_path)
 
 
+def test_a_folder_without_a_model_is_told_what_it_must_hold(tmp_path):
+    (tmp_path / 'last.pt').write_bytes(b'')
+    with pytest.raises(UserError, match='must hold ckpt.pt, or config.json and model.safetensors'):
+        load_model(str(tmp_path), 'out')
+
+
 def test_an_unknown_name_lists_the_known_ones(tmp_path):
     assert "init_from='gpt3': expected resume, gpt2, gpt2-medium" in refusal('gpt3', tmp_path)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from kit import python
 from textkit import LINES, TEXT, Prepared, contents, fails, json_lines, put, skip_without_gpt2
 
 from configurator import REPO
@@ -369,6 +370,36 @@ def test_a_worker_that_dies_is_reported_in_one_line(prepare, tmp_path, capfd, mo
 def die(parent, *_):
     assert os.getpid() != parent
     os._exit(1)
+
+
+def test_the_checkpoint_of_nanogpt_has_no_tokenizer_and_its_dataset_is_to_be_named(prepare, tmp_path, capfd):
+    import torch
+    (tmp_path / 'nano').mkdir()
+    torch.save({'model': {}, 'model_args': {}, 'iter_num': 1}, tmp_path / 'nano' / 'ckpt.pt')
+    message = fails(capfd, lambda: prepare(put(tmp_path / 'a.txt', TEXT), f'--tokenizer={tmp_path / "nano"}'))
+    assert 'name the folder of the dataset that it was trained on' in message
+
+
+KILLED = """
+import os, sys
+from lib.text import chunks
+from lib.text.tokenizer import from_spec
+tokenizer = from_spec({'kind': 'bpe', 'tokens': [chr(i) for i in range(256)] + ['ab']})
+for _ in chunks.tokenize((('train', [('ab', False)]) for _ in range(10**9)), tokenizer, 2):
+    os.kill(os.getpid(), int(sys.argv[1]))
+"""
+
+
+@pytest.mark.skipif(os.name != 'posix', reason='needs signals')
+@pytest.mark.parametrize('number', [9, 15, 1])
+def test_the_workers_of_a_prepare_that_is_killed_end_with_it(number):
+    child = python(KILLED, number, start_new_session=True)
+    try:
+        child.communicate(timeout=30)  # until all who write to this pipe have ended
+    except subprocess.TimeoutExpired:
+        os.killpg(child.pid, 9)
+        raise AssertionError('the workers went on') from None
+    assert child.returncode == -number
 
 
 def test_ctrl_c_prints_one_line_and_leaves_no_temporary_file(prepare, tmp_path, monkeypatch, capfd):

@@ -5,8 +5,11 @@
 
 Pieces are (text, is_last), see lib/text/read_text.py. Only a few chunks are in memory at a time.
 """
+import multiprocessing
+import os
 import re
 import signal
+import threading
 from collections import deque
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -125,6 +128,13 @@ def _start_worker(spec, marks):
     global _worker_tokenizer, _worker_marks
     _worker_tokenizer, _worker_marks = from_spec(spec), marks
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent process handles Ctrl-C
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent():
+    """Wait until the parent process has ended, in whatever way, and end this one, which would wait for it forever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _tokenize_chunk(split, pieces, tokenizer=None, marks=None):

@@ -44,6 +44,8 @@ def read(label, start, stream):
     if type(_value(lines[0].strip().rstrip(','))) is dict:
         raise UserError(f'{label}:1: a comma after a JSON object; expected one object per line and nothing else')
     if _begins_with_object(start, named):
+        if '\n' not in start.strip():  # a line that is longer than the beginning, or damaged
+            return _lines(label, stream)
         raise UserError(f'{label} is JSON, but not one object per line; convert it, for example: jq -c . FILE')
     others = [type(_value(line)) for line in lines[1:10]]
     if first is not None and named or type(first) is list and others and all(kind is list for kind in others):

@@ -85,6 +85,8 @@ def _spec_in(folder):
         state = checkpoint.load(folder / 'ckpt.pt', mmap=True)
         if 'tokenizer' in state:
             return state['tokenizer']
+        raise UserError(f'tokenizer={folder}: its ckpt.pt has no tokenizer, as nanoGPT writes it; name the folder of '
+                        'the dataset that it was trained on')
     elif (folder / 'tokenizer_spec.json').exists():
         try:
             return tokenizers.from_spec(read_json(folder / 'tokenizer_spec.json')).spec

@@ -2,6 +2,7 @@
 import os
 import pickle
 import zipfile
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ def read_archive(path, mmap=False):
         with zipfile.ZipFile(path) as archive:
             _check_members(archive, size)
             bad = archive.testzip()
+            sizes = Counter(member.file_size for member in archive.infolist())
     except Exception as error:  # zipfile raises a dozen kinds of exception for damaged files
         if getattr(error, 'errno', None) in OF_THE_MACHINE:
             raise UserError(f'{path} cannot be read ({error.strerror})') from error
@@ -36,13 +38,32 @@ def read_archive(path, mmap=False):
     if bad:
         raise UserError(f'{path} is corrupt: checksum mismatch in {bad}')
     try:
-        return torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
+        content = torch.load(path, map_location='cpu', weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(f'{path} holds Python objects other than tensors and plain values; refusing') from error
     except Exception as error:
         if mmap:  # some FUSE and shared folders cannot map files
             return read_archive(path)
         raise UserError(f'{path} is damaged ({first_line(error)})') from error
+    if larger := _storage_sizes(content) - sizes:  # if it maps a file, torch would read the bytes after the member
+        raise UserError(f'{path} is damaged: it has a tensor of {next(iter(larger)):,} bytes, and no part of this size')
+    return content
+
+
+def _storage_sizes(content):
+    """Return a Counter of the bytes of each storage that the tensors in nested dicts, lists and tuples use."""
+    storages, seen, rest = {}, set(), [content]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, torch.Tensor):
+            if value.layout == torch.strided and value.device.type == 'cpu' and not value.is_nested:
+                storage = value.untyped_storage()
+                storages[storage.data_ptr()] = storage.nbytes()
+        elif isinstance(value, (dict, list, tuple)) and id(value) not in seen:  # they may contain each other
+            seen.add(id(value))
+            rest += value.values() if isinstance(value, dict) else value
+    storages.pop(0, None)  # of empty tensors
+    return Counter(storages.values())
 
 
 def _check_members(archive, size):

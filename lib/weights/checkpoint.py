@@ -147,8 +147,9 @@ def _write_run(out_dir, state, as_best, warn):
         if not Path(out_dir).is_dir():  # renamed, or on a share that was unmounted
             Path(out_dir).mkdir(parents=True)
             warn(f'{out_dir} has disappeared during the run; it was created again, and the run is saved there')
-        if as_best and adapted:
-            save(best, {**state, 'model': lora.merged(state['model'])})
+        if as_best and adapted:  # without the optimizer's state, which is that of the adapters
+            save(best, {key: lora.merged(value) if key == 'model' else value for key, value in state.items()
+                        if key != 'optimizer'})
         save(Path(out_dir, 'last.pt'), state, keep_previous=True, link_as=best if as_best and not adapted else None)
     except UserError as error:
         return error.message

@@ -49,7 +49,7 @@ class Source:
             return GPTConfig(vocab_size=50257, mlp='gelu_tanh', **SIZES[self.name])
         path, have = self.read_json('config.json')
         if have is None:
-            raise self.error(f'{path} not found; the folder must hold config.json and model.safetensors')
+            raise self.error(f'{path} not found; the folder must hold ckpt.pt, or config.json and model.safetensors')
         defaults = {'block_size': 1024, 'vocab_size': 50257, **SIZES['gpt2']}  # those of transformers' GPT2Config
         try:
             sizes = {ours: have.get({'block_size': 'n_positions'}.get(ours, ours), default)

@@ -109,7 +109,8 @@ def tensor_problem(tensor, dtypes=FLOATS):
     """Return what is wrong with a tensor from a file: its kind, its dtype, or elements that share memory."""
     if type(tensor) not in (torch.Tensor, torch.nn.Parameter):
         return f'is a {type(tensor).__name__}, not a tensor'
-    if tensor.layout != torch.strided or tensor.device.type != 'cpu' or tensor.is_quantized or tensor.is_neg():
+    if (tensor.layout != torch.strided or tensor.device.type != 'cpu' or tensor.is_quantized or tensor.is_nested
+            or tensor.is_neg()):
         return 'is not a plain tensor'
     if tensor.dtype not in dtypes:
         return f'has dtype {_name(tensor.dtype)}, expected {" or ".join(map(_name, dtypes[:3]))}'
