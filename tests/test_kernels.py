@@ -66,12 +66,13 @@ def double(*shape, seed):
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize('enabled', [True, False], ids=['kernels on', 'kernels off'])
 @pytest.mark.parametrize('T, S', [(12, 12), (11, 11), (4, 4), (3, 3), (1, 9), (3, 9)])
-def test_a_window_hides_what_is_further_back(T, S, enabled, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize('window', [1, 4])
+def test_a_window_hides_what_is_further_back(T, S, window, enabled, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(kernels, 'ENABLED', enabled)
     q, k, v = random(2, 3, T, 8), random(2, 3, S, 8, seed=2), random(2, 3, S, 8, seed=3)
     distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
-    scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= 4), -math.inf)
-    out = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), window=4)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= window), -math.inf)
+    out = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), window=window)
     torch.testing.assert_close(out.float(), scores.softmax(-1) @ v, rtol=tolerance, atol=tolerance)
 
 
@@ -116,7 +117,7 @@ def test_dropout_zeroes_the_fraction_p_and_keeps_the_mean(p):
     assert abs(float((zero[:-1] * zero[1:]).mean()) - p * p) < 0.003  # neighbours are independent
 
 
-@pytest.mark.parametrize('p', [0.1, 0.5])
+@pytest.mark.parametrize('p', [0.1, 0.5, 0.9])
 def test_dropout_is_exact_over_all_random_numbers(p, monkeypatch):
     numbers = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.int64)  # each 16-bit number once
     monkeypatch.setattr(torch.Tensor, 'random_', lambda bits, *limits: bits.copy_(numbers))

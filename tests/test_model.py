@@ -302,6 +302,8 @@ def test_flops_per_token_follow_the_formula():
     n = 20 * 16 + 2 * (3 * 16 * 16 + 16 * 16 + 8 * 16 * 16 + 2 * 16) + 16
     assert net.get_num_params() == n and net.flops_per_token() == 6 * n + 12 * 2 * 16 * 12
     assert net.flops_per_token(4) == 6 * n + 12 * 2 * 16 * 4
+    for window, context in ((2, 4), (5, 10), (7, 12)):  # two windows are computed, or the whole context
+        assert make(bias=False, window=window).flops_per_token() == 6 * n + 12 * 2 * 16 * context
 
 
 def test_a_model_without_position_embeddings_counts_all_parameters():
