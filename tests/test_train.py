@@ -8,7 +8,7 @@ import time
 import pytest
 import reference
 import torch
-from conftest import TINY
+from conftest import TINY, write_dataset
 from kit import Ranks, differences, load, trained_part
 
 import kernels
@@ -138,6 +138,22 @@ def test_clipping_and_the_logged_gradient_norm_do_not_depend_on_the_loss_scale(r
     plain, scaled = load('plain/last.pt')['model'], load('out/last.pt')['model']
     for name, p in plain.items():
         torch.testing.assert_close(scaled[name], p, atol=1e-5, rtol=1e-4)
+
+
+def test_the_last_evaluation_reads_65536_training_tokens_and_all_of_validation(run, workdir, monkeypatch):
+    """Its bar counts the full batches."""
+    found = []
+
+    def progress(batches, n_batches, what, show):
+        batches = list(batches)
+        found.append((sum(targets.numel() for _, targets in batches), len(batches), n_batches))
+        return batches[:1]
+    monkeypatch.setattr('lib.training.log.progress', progress)
+    write_dataset(workdir / 'data' / 'long', [i * i % 16 for i in range(70_000)], [i % 7 for i in range(5_001)])
+    done = run('train.py', *TINY, '--dataset=long', '--max_iters=0', '--eval_iters=1', '--block_size=64',
+               '--batch_size=64')
+    assert done.status == 0, done.err
+    assert found == [(2**16, 16, 16), (5_000, 3, 1)]  # the last two batches of validation are not full
 
 
 def test_eval_only_evaluates_and_writes_nothing(run, trained):
