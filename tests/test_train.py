@@ -12,7 +12,9 @@ from conftest import TINY, write_dataset
 from kit import Ranks, differences, load, trained_part
 
 import kernels
-from lib.machine import runtime, signals
+import train
+from configurator import UserError
+from lib.machine import compiler, runtime, signals
 from lib.text import dataset
 from lib.text.dataset import open_dataset, train_starts
 from lib.training.log import read_log
@@ -156,6 +158,70 @@ def test_the_last_evaluation_reads_65536_training_tokens_and_all_of_validation(r
     assert found == [(2**16, 16, 16), (5_000, 3, 1)]  # the last two batches of validation are not full
 
 
+class Constant(torch.nn.Module):
+    """A model whose loss is a constant; remembers the shapes that it read, and whether it was in training mode."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss, self.read = loss, []
+
+    def forward(self, idx, targets):
+        self.read.append((tuple(idx.shape), self.training))
+        return None, torch.tensor(self.loss)
+
+
+def test_an_evaluation_weighs_targets_alike_and_compiles_nothing_for_a_shorter_batch(monkeypatch):
+    monkeypatch.setattr(train, 'batch_size', 4)
+    monkeypatch.setattr(train, 'block_size', 8)
+    compiled, raw = Constant(1.0), Constant(3.0)
+    rt = runtime.Runtime(torch.device('cpu'), torch.float32, False, '')
+    full, masked, short = (torch.zeros(n, 8, dtype=torch.long) for n in (4, 4, 2))
+    masked[:, 3:] = -1
+    found = train.estimate_loss(compiled, raw, rt, [(full, full), (full, masked), (short, short)])
+    assert found == pytest.approx((1.0 * 32 + 1.0 * 12 + 3.0 * 16) / 60)
+    assert compiled.read == [((4, 8), True)] * 2 and raw.read == [((2, 8), False)] and raw.training
+    assert train.estimate_loss(compiled, raw, rt, [(full[:1, :1], full[:1, :1])]) == 3.0
+    assert train.estimate_loss(compiled, raw, rt, []) == 0.0
+
+
+@pytest.mark.parametrize('flags, seconds, lengths', [
+    (['--max_iters=6', '--gradient_accumulation_steps=3'], 2 * 6 * 3, [8]),
+    (['--max_iters=1000000', '--max_minutes=2'], 2 * 60, [8]), (['--context_warmup=0.5'], 2 * 6, [2, 4, 8]),
+    (['--init_from=resume', '--max_iters=9'], 2 * 3, [8])])
+def test_whether_to_compile_depends_on_what_is_left_of_the_run(run, trained, monkeypatch, flags, seconds, lengths):
+    """A step of 2 seconds; what is compiled are all lengths of the context."""
+    found = []
+    monkeypatch.setattr(compiler, 'step_in_all_shapes', lambda model, batches: [idx.size(1) for idx, _ in batches])
+
+    def compile_or_fall_back(model, rt, explicit, try_step, seconds_ahead):
+        found.extend((seconds_ahead(2.0), try_step))
+        raise UserError('enough')
+    monkeypatch.setattr(compiler, 'compile_or_fall_back', compile_or_fall_back)
+    assert 'enough' in run('train.py', *TINY, *flags).err and found == [seconds, lengths]
+
+
+@pytest.mark.parametrize('log_interval', [1, 2])
+def test_speed_and_eta_follow_from_the_time_of_the_updates_since_the_last_line(run, workdir, monkeypatch, log_interval):
+    now, real = [0.0], dataset.train_starts
+
+    def starts_of_an_update(*args):
+        now[0] += 2.0
+        return real(*args)
+    monkeypatch.setattr(dataset, 'train_starts', starts_of_an_update)
+    monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
+    done = run('train.py', *TINY, f'--log_interval={log_interval}', '--peak_tflops=1', '--max_iters=100',
+               '--max_minutes=1000', '--eval_interval=3', '--patience=1', '--learning_rate=0')
+    assert done.status == 0, done.err
+    found = re.findall(r'iter (\d+): .* time (.*)ms, .* tok/s (.*), eta (.*)', done.out)
+    assert found == [(str(i), '2000.00', '16', f'3m{18 - 2 * i}s') for i in range(0, 4, log_interval)]
+    flops = GPT(GPTConfig(**load('out/last.pt')['model_args'])).flops_per_token()
+    assert [r['mfu'] for r in updates()] == pytest.approx([flops * 16 / 1e12] * len(found))
+
+
+def test_only_float16_scales_the_loss(run, trained):
+    assert load('out/last.pt')['scaler'] == {}
+
+
 def test_eval_only_evaluates_and_writes_nothing(run, trained):
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in trained.iterdir()}
     done = run('train.py', *TINY, '--init_from=resume', '--eval_only=True')
@@ -242,11 +308,12 @@ def cosine(fraction):
     return 0.001 + 0.009 * (1 + math.cos(math.pi * fraction)) / 2
 
 
-def test_max_minutes_ends_a_run_and_sets_the_length_of_its_schedule(run, workdir, clock):
-    done = run('train.py', *TIMED, '--max_minutes=2')
-    assert done.status == 0 and load('out/last.pt')['iter_num'] == 20, done.err
-    assert rates() == pytest.approx([cosine(i / 20) for i in range(20)])
-    assert [r['minutes'] for r in updates()] == pytest.approx([(i + 1) / 10 for i in range(20)])
+@pytest.mark.parametrize('minutes', [0.5, 2])
+def test_max_minutes_ends_a_run_and_sets_the_length_of_its_schedule(run, workdir, clock, minutes):
+    done, n = run('train.py', *TIMED, f'--max_minutes={minutes}'), int(10 * minutes)
+    assert done.status == 0 and load('out/last.pt')['iter_num'] == n, done.err
+    assert rates() == pytest.approx([cosine(i / n) for i in range(n)])
+    assert [r['minutes'] for r in updates()] == pytest.approx([(i + 1) / 10 for i in range(n)])
 
 
 def test_the_minutes_before_a_resume_count(run, workdir, clock):
