@@ -106,6 +106,8 @@ def variants(node):
             yield 'branches', changed(body=node.orelse, orelse=node.body)
         case ast.Call(func=ast.Name(id='isinstance' | 'getattr' | 'hasattr' | 'setattr' | 'min' | 'max')):
             return
+        case ast.Call(func=ast.Attribute(attr='transpose' | 'minimum')):  # the same with swapped arguments
+            return
         case ast.Call() if len(node.args) > 1 and not any(isinstance(arg, ast.Starred) for arg in node.args[:2]):
             yield 'swapped arguments', changed(args=[node.args[1], node.args[0], *node.args[2:]])
         case ast.Expr(value=ast.Call()) | ast.Break() | ast.Continue():
