@@ -530,6 +530,7 @@ def test_a_nanogpt_checkpoint_is_evaluated_and_sampled(run, workdir):
 def test_a_checkpoint_has_the_keys_names_and_shapes_of_nanogpts(run, trained):
     state = load('out/ckpt.pt')
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= state.keys()
+    assert state['format'] == 2  # nanoGPT's has no number
     assert state['model_args'] == dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=16,
                                        dropout=0.0)
     layer = {'ln_1.weight': (16,), 'attn.c_attn.weight': (48, 16), 'attn.c_proj.weight': (16, 16),
