@@ -107,6 +107,13 @@ def test_rotation_has_the_values_and_gradients_of_its_formula():
     torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (x,))
 
 
+def test_a_mask_replaces_causality_and_window():
+    q, k, v = random(2, 3, 2, 8), random(2, 3, 6, 8, seed=2), random(2, 3, 6, 8, seed=3)
+    mask = random(2, 6, seed=4)
+    expected = (q @ k.mT / math.sqrt(8) + mask).softmax(-1) @ v
+    torch.testing.assert_close(kernels.causal_attention(q, k, v, window=2, mask=mask), expected)
+
+
 def test_attention_with_dropout_is_attention_on_average():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 6, 4)
