@@ -70,6 +70,11 @@ class Mutant:
     before: str  # the original line
     after: str  # the line that replaces it
 
+    @property
+    def key(self):
+        """The line by which equivalent_mutants.json knows it."""
+        return f'without {self.before.strip()}' if self.after.strip() == 'pass' else self.after.strip()
+
 
 def variants(node):
     """Yield (kind, changed copy) for each way to change one node of a syntax tree."""
@@ -305,7 +310,7 @@ def run_module(name, trees, earlier):
     """
     began, source = time.monotonic(), (REPO / name).read_text(encoding='utf-8')
     reasons = json.loads(EQUIVALENT.read_text(encoding='utf-8')).get(name, {})
-    found = [m for m in mutants_of(REPO / name) if m.after.strip() not in reasons]
+    found = [m for m in mutants_of(REPO / name) if m.key not in reasons]
     if earlier:
         known = {(m['kind'], m['before'], m['after']) for m in earlier['survivors']}
         found = [m for m in found if (m.kind, m.before, m.after) in known]
