@@ -391,6 +391,14 @@ def test_six_steps_equal_three_and_three_more_bit_for_bit(run, workdir, flags): 
     assert differences(trained_part(load('whole/last.pt')), trained_part(halves(run, 'halves', 3, *flags))) == []
 
 
+@pytest.mark.parametrize('flags', [[], ['--optimizer=muon', '--norm=rmsnorm']])
+def test_resuming_prints_adamws_rate_in_the_last_update_and_in_the_next(run, workdir, flags):
+    flags = [*TINY, '--lr_decay_iters=20', *flags]
+    run('train.py', *flags, '--max_iters=3')
+    done = run('train.py', *flags, '--max_iters=4', '--init_from=resume')
+    assert 'learning rate: {:.3g} in the last update, {:.3g} in the next'.format(*rates()[2:]) in done.out
+
+
 def test_without_the_random_state_the_weights_differ(run, workdir):  # fault 13: the test above can fail
     run('train.py', *HARD, '--out_dir=whole')
     ended = halves(run, 'halves', 3, spoil=lambda state: state.pop('rng'))
