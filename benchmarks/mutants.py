@@ -37,7 +37,7 @@ per_module = 0  # mutants per module, drawn at random; 0 = all
 modules = ''  # comma-separated paths such as model.py,lib/generate.py; '' = all
 workers = 2  # processes at the same time
 seed = 0  # of the sample
-budget = 15.0  # CPU seconds of tests per mutant, the fastest first; one that they do not notice survives
+budget = 30.0  # CPU seconds of tests per mutant, the fastest first; one that they do not notice survives
 out = 'mutants.json'  # file for the results
 again = ''  # such a file: test only its survivors
 

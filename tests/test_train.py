@@ -14,9 +14,9 @@ from kit import Ranks, differences, load, trained_part
 import kernels
 import train
 from configurator import UserError
-from lib.machine import compiler, runtime, signals
+from lib.machine import compiler, distributed, runtime, signals
 from lib.text import dataset
-from lib.text.dataset import open_dataset, train_starts
+from lib.text.dataset import eval_starts, open_dataset, train_starts
 from lib.training.log import read_log
 from lib.weights import checkpoint
 from model import GPT, Block, GPTConfig
@@ -156,6 +156,35 @@ def test_the_last_evaluation_reads_65536_training_tokens_and_all_of_validation(r
                '--batch_size=64')
     assert done.status == 0, done.err
     assert found == [(2**16, 16, 16), (5_000, 3, 1)]  # the last two batches of validation are not full
+    assert 'the last evaluation reads the whole validation split' in done.out
+
+
+def test_an_evaluation_reads_evenly_spread_windows_of_both_splits_and_logs_their_losses(run, workdir):
+    run('train.py', *TINY, '--max_iters=0')
+    state, data = load('out/last.pt'), open_dataset('tiny', 8)
+    model, expected = GPT(GPTConfig(**state['model_args'])), []
+    model.load_state_dict(state['model'])
+    for split in (data.train, data.val):
+        batches = [split.batch(row, 8) for row in eval_starts(len(split), 8, 2, 4)]
+        expected.append(sum(float(model(*batch)[1].detach()) for batch in batches) / 2)
+    assert state['history'] == [pytest.approx([0, *expected], abs=1e-5)]
+    record, = read_log('out/log.jsonl')
+    assert [record['train_loss'], record['val_loss']] == state['history'][0][1:]
+    assert record['train_bpb'] == data.train.bits_per_byte(record['train_loss'])
+    assert record['val_bpb'] == data.val.bits_per_byte(record['val_loss'])
+
+
+@pytest.mark.parametrize('flags', [[], ['--eval_only=True', '--init_from=resume']])
+def test_full_batches_and_no_others_are_evaluated_by_the_compiled_model(run, trained, monkeypatch, flags):
+    shapes = []
+
+    def compiled(model, *args):
+        return lambda idx, targets: shapes.append(tuple(idx.shape)) or model(idx, targets)
+    monkeypatch.setattr(compiler, 'compile_or_fall_back', compiled)
+    monkeypatch.setattr(distributed, 'wrap_ddp', lambda compiled, rt, parallel: compiled)
+    done = run('train.py', *TINY, '--max_iters=0', *flags)
+    assert done.status == 0, done.err
+    assert len(shapes) > 60 and set(shapes) == {(4, 8)}  # all of training has 62 full batches
 
 
 class Constant(torch.nn.Module):
@@ -392,10 +421,11 @@ def test_six_steps_equal_three_and_three_more_bit_for_bit(run, workdir, flags): 
 
 
 @pytest.mark.parametrize('flags', [[], ['--optimizer=muon', '--norm=rmsnorm']])
-def test_resuming_prints_adamws_rate_in_the_last_update_and_in_the_next(run, workdir, flags):
+def test_resuming_prints_what_changes_and_adamws_rate_in_the_last_update_and_in_the_next(run, workdir, flags):
     flags = [*TINY, '--lr_decay_iters=20', *flags]
     run('train.py', *flags, '--max_iters=3')
     done = run('train.py', *flags, '--max_iters=4', '--init_from=resume')
+    assert 'max_iters: checkpoint 3, now 4' in done.out
     assert 'learning rate: {:.3g} in the last update, {:.3g} in the next'.format(*rates()[2:]) in done.out
 
 
