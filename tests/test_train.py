@@ -247,6 +247,37 @@ def test_speed_and_eta_follow_from_the_time_of_the_updates_since_the_last_line(r
     assert [r['mfu'] for r in updates()] == pytest.approx([flops * 16 / 1e12] * len(found))
 
 
+def test_the_bar_shows_the_fraction_of_the_run_and_is_closed(run, workdir, monkeypatch):
+    class Bar:
+        n = closed = 0
+
+        def __init__(self, total, show):
+            self.total = total
+            bars.append(self)
+
+        def set_description_str(self, text, refresh):
+            pass
+
+        def update(self, more):
+            self.n += more
+
+        def close(self):
+            self.closed = True
+    bars = []
+    monkeypatch.setattr('lib.training.log.progress_bar', Bar)
+    assert run('train.py', *TINY, '--max_iters=2').status == 0
+    bar, = bars
+    assert bar.n == bar.total / 2 and bar.closed  # before the second of two updates
+
+
+def test_trackers_get_every_evaluation_and_update_and_are_finished(run, workdir, monkeypatch):
+    steps = []
+    monkeypatch.setattr('lib.training.trackers.open_trackers', lambda *args: (
+        lambda values, step: steps.append((min(values).split('/')[0], step)), lambda: steps.append('finished'), ''))
+    assert run('train.py', *TINY, '--max_iters=2').status == 0
+    assert steps == [('eval', 0), ('train', 0), ('train', 1), ('eval', 2), 'finished']
+
+
 def test_only_float16_scales_the_loss(run, trained):
     assert load('out/last.pt')['scaler'] == {}
 
