@@ -147,12 +147,17 @@ def apply(path, source, functions):
         old = getattr(module, name)
         if getattr(new, '__module__', None) == module.__name__:
             changed |= apply_defaults(old, new)
-        elif type(new) is type(old) and not inspect.ismodule(new) and repr(new) != repr(old):
+        elif type(new) is type(old) and not inspect.ismodule(new) and contents(new) != contents(old):
             changed = True
             for other in list(sys.modules.values()):
                 if getattr(other, '__dict__', {}).get(name) is old:
                     setattr(other, name, new)
     return changed
+
+
+def contents(value):
+    """Return what tells two constants apart: all bytes of an array, whose repr leaves out most of them."""
+    return value.tobytes() if hasattr(value, 'tobytes') else repr(value)
 
 
 def apply_defaults(old, new):

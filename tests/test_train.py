@@ -143,7 +143,7 @@ def test_clipping_and_the_logged_gradient_norm_do_not_depend_on_the_loss_scale(r
 
 
 def test_the_last_evaluation_reads_65536_training_tokens_and_all_of_validation(run, workdir, monkeypatch):
-    """Its bar counts the full batches."""
+    """Its bar counts the batches."""
     found = []
 
     def progress(batches, n_batches, what, show):
@@ -155,7 +155,7 @@ def test_the_last_evaluation_reads_65536_training_tokens_and_all_of_validation(r
     done = run('train.py', *TINY, '--dataset=long', '--max_iters=0', '--eval_iters=1', '--block_size=64',
                '--batch_size=64')
     assert done.status == 0, done.err
-    assert found == [(2**16, 16, 16), (5_000, 3, 1)]  # the last two batches of validation are not full
+    assert found == [(2**16, 16, 16), (5_000, 3, 3)]
     assert 'the last evaluation reads the whole validation split' in done.out
 
 
