@@ -83,6 +83,11 @@ def test_only_tensors_and_plain_values_are_saved(tmp_path, value):
         save(tmp_path / 'last.pt', state(extra=value))
 
 
+def test_a_value_in_a_list_that_cannot_be_saved_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"checkpoint\['extra'\]\[1\]\['a'\] is a set: a checkpoint holds only"):
+        save(tmp_path / 'last.pt', state(extra=[0, {'a': {2}}]))
+
+
 def test_a_locked_folder_is_free_again_when_the_lock_is_closed(tmp_path):
     lock_out_dir(tmp_path / 'a' / 'b').close()
     lock = lock_out_dir(tmp_path / 'a' / 'b')
@@ -117,7 +122,7 @@ def test_a_platform_without_fcntl_saves_too(tmp_path, monkeypatch):
 
 def test_a_link_that_cannot_be_written_is_named_and_the_file_is_written(tmp_path):
     (tmp_path / 'ckpt.pt').mkdir()
-    with pytest.raises(UserError, match=r'could not write .*ckpt.pt \(.*last.pt is written'):
+    with pytest.raises(UserError, match=r'could not write .*ckpt.pt \(Is a directory\);.*last.pt is written'):
         checkpoint.save(tmp_path / 'last.pt', {'model': {}, 'model_args': {}}, link_as=tmp_path / 'ckpt.pt')
     assert checkpoint.load(tmp_path / 'last.pt')
     assert sorted(p.name for p in tmp_path.iterdir()) == ['ckpt.pt', 'last.pt']
@@ -434,9 +439,9 @@ def test_a_periodic_save_that_fails_is_a_warning_and_not_saved(tmp_path):
 def test_an_out_dir_that_was_renamed_is_created_again_and_nothing_is_lost(tmp_path):
     model, saved = model_and_state()
     warnings = []
-    assert save_run(ONE, tmp_path / 'gone', saved, model, as_best=True, required=True, warn=warnings.append)
+    assert save_run(ONE, tmp_path / 'gone' / 'run', saved, model, as_best=True, required=True, warn=warnings.append)
     assert len(warnings) == 1 and 'created again' in warnings[0]
-    assert checkpoint.load(tmp_path / 'gone' / 'last.pt')['iter_num'] == saved['iter_num']
+    assert checkpoint.load(tmp_path / 'gone' / 'run' / 'last.pt')['iter_num'] == saved['iter_num']
 
 
 @pytest.mark.parametrize('number', [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK, errno.EXDEV])
@@ -479,6 +484,11 @@ def test_an_error_about_space_says_what_is_needed_and_free(tmp_path, monkeypatch
         save(tmp_path / 'last.pt', big)
 
 
+def test_the_size_of_a_checkpoint_is_that_of_its_tensors():
+    half = torch.zeros(3, dtype=torch.float16)
+    assert checkpoint.n_bytes({'a': torch.zeros(2, 5), 'b': [half, (half, 'text', {'c': half})], 'd': 7}) == 40 + 3 * 6
+
+
 def test_an_error_that_is_not_about_space_says_nothing_about_space(tmp_path, monkeypatch):
     break_call(monkeypatch, os, 'replace', OSError(errno.ESTALE, 'Stale file handle'))
     with pytest.raises(UserError) as caught:
@@ -500,9 +510,11 @@ def test_an_earlier_run_that_cannot_be_moved_is_one_line(tmp_path, monkeypatch):
         checkpoint.archive_old_run(tmp_path)
 
 
-def test_a_folder_that_access_denies_wrongly_is_tried(tmp_path, monkeypatch):
+def test_a_folder_that_access_denies_perhaps_wrongly_is_tried(tmp_path, monkeypatch):
     monkeypatch.setattr(os, 'access', lambda *args: False)
     assert checkpoint.folder_problem(tmp_path / 'out') == ''
+    break_call(monkeypatch, checkpoint.tempfile, 'TemporaryFile', PermissionError(errno.EACCES, 'Permission denied'))
+    assert 'is not a writable folder (Permission denied)' in checkpoint.folder_problem(tmp_path / 'out')
 
 
 def test_a_save_that_must_succeed_and_fails_is_an_error(tmp_path):

@@ -84,7 +84,8 @@ def test_a_config_file_sees_the_values_so_far(config):
     ('x = \n', 'a.py:1: SyntaxError'), ('\nbatch_size = 1 / 0\n', 'a.py:2: ZeroDivisionError'),
     ('dataset = nowhere\n', 'a.py:1: NameError')])
 def test_a_mistake_in_a_config_file_names_the_line(config, text, message):
-    assert message in resolve(DEFAULTS, [config('a.py', text)]).errors[0]
+    found = resolve(DEFAULTS, [config('a.py', text)])
+    assert message in found.errors[0] and found == DEFAULTS
 
 
 def test_all_mistakes_are_reported_and_the_status_is_2(capsys):
@@ -276,6 +277,7 @@ def test_a_config_file_with_a_byte_order_mark_or_from_a_pipe_is_read(tmp_path):
 def test_a_whole_number_of_more_than_64_bits_is_refused():
     found = resolve({'size': 1}, ['--size=1' + '0' * 400])
     assert found.errors == ['size is a number of more than 64 bits'] and not found.understood
+    assert not resolve({'size': 1}, [f'--size={2**64 - 1}']).errors and resolve({'size': 1}, [f'--size={2**64}']).errors
 
 
 def test_a_long_message_is_shortened():

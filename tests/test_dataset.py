@@ -65,7 +65,7 @@ def test_two_ranks_read_the_samples_of_one_process_in_every_update(run, workdir,
         assert sorted(map(int, read)) == sorted(starts(seed=1337, n_tokens=2000, first=16 * update, count=16))
 
 
-@pytest.mark.parametrize('n_tokens', [9, 10, 17, 25, 26, 999, 1000, 1001])
+@pytest.mark.parametrize('n_tokens', [9, 10, 17, 25, 26, 49, 145, 999, 1000, 1001])
 def test_an_epoch_reads_every_window_once_and_stays_inside(n_tokens):
     n_windows = max(1, (n_tokens - 1) // 8 - 1)
     for epoch in range(5):
@@ -102,6 +102,7 @@ def test_the_order_is_the_same_in_every_version():
     assert mixed.tolist() == [0xe220a8397b1dcdaf]  # the first number of splitmix64 with seed 0, as published
     assert starts(count=8).tolist() == [41, 313, 785, 297, 441, 713, 1, 225]
     assert starts(n_tokens=26, count=6).tolist() == [11, 3, 5, 13, 17, 9]  # epochs of 2
+    assert starts(n_tokens=41, count=6).tolist() == [9, 17, 25, 1, 30, 14]  # of 4
     assert starts(first=120, count=8).tolist() == [113, 881, 473, 789, 949, 701, 149, 685]  # epochs are 123 long
     where = Dialogues(np.arange(0, 1000, 10), np.arange(9, 1009, 10), np.ones(100), 0, 0, 0)
     assert train_starts(1, 1000, 8, 98, 6, where).tolist() == [630, 690, 970, 380, 860, 170]  # epochs are 100 long
@@ -117,6 +118,7 @@ def test_contexts_of_a_quarter_and_of_half_the_window_come_first(tokens_seen, fr
 
 def test_without_short_contexts_every_update_reads_whole_windows():
     assert [next_windows(n * 32, 4, 8, n / 10) for n in range(4)] == [(n * 4, 0, 8) for n in range(4)]
+    assert next_windows(0, 4, 8, context_warmup=0.6) == (0, 0, 2)  # at the start of a run
 
 
 def test_targets_are_the_inputs_shifted_by_one(workdir):

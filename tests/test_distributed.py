@@ -11,7 +11,7 @@ import time
 
 import pytest
 import torch
-from conftest import TINY
+from conftest import TINY, write_dataset
 from kit import REPO, Ranks, differences, free_port, load, trained_part
 
 from configurator import Settings, UserError
@@ -389,6 +389,13 @@ if rank == 1:
     outcomes = two(workdir, '--init_from=auto', hook=hide)
     assert [status for status, _, _ in outcomes] == [1, 1]
     assert "rank 1 has None; every machine must see the same files" in outcomes[0][2]
+
+
+def test_ranks_with_different_datasets_of_one_name_are_refused(workdir):
+    write_dataset(workdir / 'elsewhere' / 'data' / 'tiny', list(range(16)) * 10)
+    outcomes = two(workdir, '--out_dir=' + str(workdir / 'out'), hook="import os\nif rank: os.chdir('elsewhere')\n")
+    assert [status for status, _, _ in outcomes] == [1, 1]
+    assert 'the dataset differs: rank 0 has' in outcomes[0][2] and 'must see the same files' in outcomes[0][2]
 
 
 @pytest.mark.parametrize('flag', ['--lora_rank=2', '--bf16_gradients'])

@@ -180,6 +180,12 @@ def test_the_penalty_applies_to_prompt_and_generated_tokens():
     assert len({*prompt, *ids}) == 7
 
 
+@pytest.mark.parametrize('penalty', [0.5, 1.5, 2.0])
+def test_any_penalty_but_1_changes_the_tokens(penalty):
+    plain, other = (ids_of(tiny(), [1], 1, 20, temperature=0, **rule) for rule in ({}, {'repetition_penalty': penalty}))
+    assert not torch.equal(plain, other)
+
+
 @pytest.mark.parametrize('top_k', [0, 1, 13, 18])
 def test_any_top_k_generates_tokens_of_the_vocabulary(top_k):
     ids = ids_of(tiny(), [1], 3, 20, top_k=top_k)
@@ -263,6 +269,7 @@ def test_samples_depend_on_the_seed_only():
     torch.manual_seed(99)
     same, other = (ids_of(model, [1], 3, 20, seed=seed) for seed in (7, 8))
     assert torch.equal(first, same) and not torch.equal(first, other)
+    assert torch.equal(ids_of(model, [1], 3, 20), ids_of(model, [1], 3, 20, seed=1337))  # nanoGPT's, unless given
 
 
 @pytest.mark.parametrize('options', [{}, MODERN], ids=['gpt2', 'modern'])

@@ -28,6 +28,15 @@ def test_a_few_rows_times_a_large_matrix_use_every_thread(n_rows, split, bias, n
     torch.testing.assert_close(y, x @ weight.T + (0 if bias is None else bias), atol=1e-4, rtol=1e-5)
 
 
+@pytest.mark.parametrize('n_out, split', [(511, False), (512, True)])
+def test_a_small_matrix_is_not_split(n_out, split, monkeypatch):
+    calls, bmm = [], torch.bmm
+    monkeypatch.setattr(torch, 'bmm', lambda *args: calls.append(1) or bmm(*args))
+    with torch.no_grad():
+        kernels.linear(random(1, 256), random(n_out, 256))
+    assert bool(calls) == split
+
+
 def test_no_rows_times_a_large_matrix_are_no_rows():
     with torch.no_grad():
         assert kernels.linear(random(0, 256), random(1024, 256)).shape == (0, 1024)
@@ -65,13 +74,14 @@ def double(*shape, seed):
 
 @pytest.mark.parametrize('dtype, tolerance', [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)], ids=str)
 @pytest.mark.parametrize('enabled', [True, False], ids=['kernels on', 'kernels off'])
-@pytest.mark.parametrize('T, S', [(12, 12), (11, 11), (4, 4), (3, 3), (1, 9), (3, 9)])
-def test_a_window_hides_what_is_further_back(T, S, enabled, dtype, tolerance, monkeypatch):
+@pytest.mark.parametrize('T, S', [(12, 12), (11, 11), (4, 4), (3, 3), (2, 2), (1, 9), (3, 9)])
+@pytest.mark.parametrize('window', [1, 4])
+def test_a_window_hides_what_is_further_back(T, S, window, enabled, dtype, tolerance, monkeypatch):
     monkeypatch.setattr(kernels, 'ENABLED', enabled)
     q, k, v = random(2, 3, T, 8), random(2, 3, S, 8, seed=2), random(2, 3, S, 8, seed=3)
     distance = torch.arange(S - T, S)[:, None] - torch.arange(S)
-    scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= 4), -math.inf)
-    out = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), window=4)
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill((distance < 0) | (distance >= window), -math.inf)
+    out = kernels.causal_attention(q.to(dtype), k.to(dtype), v.to(dtype), window=window)
     torch.testing.assert_close(out.float(), scores.softmax(-1) @ v, rtol=tolerance, atol=tolerance)
 
 
@@ -97,6 +107,13 @@ def test_rotation_has_the_values_and_gradients_of_its_formula():
     torch.autograd.gradcheck(lambda x: kernels.rotate(x, cos, sin), (x,))
 
 
+def test_a_mask_replaces_causality_and_window():
+    q, k, v = random(2, 3, 2, 8), random(2, 3, 6, 8, seed=2), random(2, 3, 6, 8, seed=3)
+    mask = random(2, 6, seed=4)
+    expected = (q @ k.mT / math.sqrt(8) + mask).softmax(-1) @ v
+    torch.testing.assert_close(kernels.causal_attention(q, k, v, window=2, mask=mask), expected)
+
+
 def test_attention_with_dropout_is_attention_on_average():
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 1, 2, 6, 4)
@@ -116,7 +133,7 @@ def test_dropout_zeroes_the_fraction_p_and_keeps_the_mean(p):
     assert abs(float((zero[:-1] * zero[1:]).mean()) - p * p) < 0.003  # neighbours are independent
 
 
-@pytest.mark.parametrize('p', [0.1, 0.5])
+@pytest.mark.parametrize('p', [0.1, 0.5, 0.9])
 def test_dropout_is_exact_over_all_random_numbers(p, monkeypatch):
     numbers = torch.arange(-2**15, 2**15, dtype=torch.int16).view(torch.int64)  # each 16-bit number once
     monkeypatch.setattr(torch.Tensor, 'random_', lambda bits, *limits: bits.copy_(numbers))
@@ -143,6 +160,11 @@ class TestLossInChunks:
         whole = self.case(dtype, cap, None, monkeypatch)
         close = dict(atol=1e-5, rtol=1e-4) if dtype == torch.float32 else dict(atol=0.03, rtol=0.03)
         torch.testing.assert_close(self.case(dtype, cap, 5, monkeypatch), whole, **close)
+
+    def test_without_a_cap_it_is_plain_cross_entropy(self, dtype, cap, monkeypatch):
+        x, weight, targets = random(23, 16).to(dtype), random(20, 16, seed=2), torch.arange(23) % 20
+        found = kernels.linear_cross_entropy(x, weight, targets)
+        torch.testing.assert_close(found, F.cross_entropy((x @ weight.to(dtype).T).float(), targets))
 
     def test_it_never_holds_more_logits_than_a_chunk(self, dtype, cap, monkeypatch):
         sizes, real = [], kernels.cross_entropy
@@ -205,6 +227,19 @@ def test_disabled_kernels_are_torchs_own(monkeypatch):
     x = random(3, 8).requires_grad_()
     assert torch.equal(kernels.rms_norm(x), F.rms_norm(x, (8,), eps=torch.finfo(torch.float32).eps))
     assert torch.equal(kernels.relu_squared(x), F.relu(x).square())
+
+
+@pytest.mark.parametrize('window', [0, 3])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=str)
+def test_disabled_kernels_run_no_function_of_their_own(dtype, window, monkeypatch):
+    monkeypatch.setattr(kernels, 'ENABLED', False)
+    for value in list(vars(kernels).values()):
+        if isinstance(value, type) and issubclass(value, torch.autograd.Function):
+            monkeypatch.setattr(value, 'apply', None)
+    monkeypatch.setattr(kernels, '_dropout_mask', None)
+    net = GPT(GPTConfig(8, 20, 1, 2, 16, dropout=0.1, pos='rope', norm='rmsnorm', mlp='relu2', window=window))
+    net.set_compute_dtype(dtype)
+    net(torch.zeros(2, 8, dtype=torch.long), torch.zeros(2, 8, dtype=torch.long))[1].backward()
 
 
 def test_the_weights_of_all_layers_are_cast_into_one_tensor_and_used_once():

@@ -283,11 +283,16 @@ def test_a_dialogue_whose_answers_do_not_fit_has_no_window(prepare):
         open_dataset('rows', 4)
 
 
+def test_a_dialogue_with_a_single_target_in_its_window_is_read(prepare):
+    prepare([{'prompt': 'q', 'completion': 'abc'}] * 30)
+    assert open_dataset('rows', 9).train.dialogues.n_targets.tolist() == [1] * 27  # the question has 9 characters
+
+
 def test_how_full_the_windows_are_is_counted():
-    where = Dialogues(np.array([0, 11]), np.array([10, 41]), np.array([3, 4]), 0, 0, 0)
+    where = Dialogues(np.array([0, 31]), np.array([30, 41]), np.array([3, 4]), 0, 0, 0)
     split = Split(None, np.arange(42), 0, '', 42, np.ones(42, np.uint8), where)
     assert split.epoch_tokens(20) == 40  # two windows
-    assert split.describe(20) == 'dialogues: 2, one per window of 20 tokens, which are 75% full'  # (10 + 20) / 40
+    assert split.describe(20) == 'dialogues: 2, one per window of 20 tokens, which are 75% full'  # (20 + 10) / 40
     where.n_cut, where.n_unused, where.n_lost = 1, 2, 5
     assert split.describe(20).endswith('; 1 are longer and are cut there, 2 more have no answer there: 5 of 42 targets '
                                        'are not read')

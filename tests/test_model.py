@@ -240,6 +240,14 @@ def test_a_bfloat16_residual_stream_changes_loss_and_gradients_by_rounding(optio
         assert grads16[name].dtype == torch.float32 and float((grads16[name] - g).norm()) < 0.06 * float(g.norm()), name
 
 
+@pytest.mark.parametrize('dtype, result', [(None, torch.float32), (torch.bfloat16, torch.bfloat16)], ids=str)
+def test_a_layer_multiplies_in_its_compute_dtype_or_that_of_its_weights(dtype, result):
+    layer = model.Linear(4, 3)
+    torch.nn.init.normal_(layer.weight)
+    layer.compute_dtype = dtype
+    assert layer(torch.ones(2, 4)).dtype == result
+
+
 # ---- initialisation ----------------------------------------------------------------------------------------------
 
 def test_initial_weights_have_gpt2s_spread():
@@ -302,6 +310,8 @@ def test_flops_per_token_follow_the_formula():
     n = 20 * 16 + 2 * (3 * 16 * 16 + 16 * 16 + 8 * 16 * 16 + 2 * 16) + 16
     assert net.get_num_params() == n and net.flops_per_token() == 6 * n + 12 * 2 * 16 * 12
     assert net.flops_per_token(4) == 6 * n + 12 * 2 * 16 * 4
+    for window, context in ((2, 4), (5, 10), (7, 12)):  # two windows are computed, or the whole context
+        assert make(bias=False, window=window).flops_per_token() == 6 * n + 12 * 2 * 16 * context
 
 
 def test_a_model_without_position_embeddings_counts_all_parameters():

@@ -9,12 +9,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import operations
 from configurator import REPO, UserError
+from lib.training import optim
 from lib.training.optim import (
     clip_grad_norm_,
     decay_for_epochs,
     load_optimizer_state,
     make_optimizer,
     newton_schulz,
+    orthogonalized,
 )
 from model import GPT, GPTConfig
 from tests.kit import differences
@@ -87,6 +89,19 @@ def test_newton_schulz_applies_jordans_polynomial_to_the_singular_values(shape):
         sizes = 3.4445 * sizes - 4.7750 * sizes**3 + 2.0315 * sizes**5
     torch.testing.assert_close(newton_schulz(g).float(), u * sizes[:, None] @ vh, rtol=0, atol=0.03)
     assert newton_schulz(0 * g).count_nonzero() == 0
+
+
+def test_stacked_wide_and_tall_matrices_of_one_size_are_orthogonalized_each_in_its_shape():
+    matrices = [(torch.randn(12, 8), 3), (torch.randn(8, 4), 1), (torch.randn(4, 8), 1)]  # (tensor, how many in it)
+    for (p, split), found in zip(matrices, orthogonalized(matrices), strict=True):
+        expected = torch.cat([newton_schulz(part[None])[0] for part in p.chunk(split)])
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-2)
+
+
+@pytest.mark.parametrize('fast, dtype', [(True, torch.bfloat16), (False, torch.float32)])
+def test_muon_computes_in_bfloat16_where_that_is_fast(fast, dtype, monkeypatch):
+    monkeypatch.setattr(optim, 'fast_bf16', lambda device: fast)
+    assert newton_schulz(torch.randn(1, 4, 8)).dtype == optim.newton_dtype(torch.device('cpu')) == dtype
 
 
 def test_without_momentum_muon_takes_the_newest_gradient_alone():

@@ -1,6 +1,7 @@
 """lib/text/tokenizer.py: round trips of hostile text, places where BPE text may be split, specs, messages."""
 import hashlib
 import json
+import pickle
 import random
 import re
 import sys
@@ -58,6 +59,18 @@ def test_encode_documents_puts_one_separator_after_each_document(any_kind):
     separator = [any_kind.eot] if any_kind.eot is not None else any_kind.encode('\n')
     expected = [i for text in texts for i in any_kind.encode(text) + separator]
     assert any_kind.encode_documents([(text, True) for text in texts]).tolist() == expected
+
+
+def test_pieces_of_one_document_have_no_separator_between_them(any_kind):
+    if any_kind.kind == 'char':
+        any_kind = CharTokenizer('\n entow')
+    separator = [any_kind.eot] if any_kind.eot is not None else any_kind.encode('\n')
+    found = any_kind.encode_documents([('one', False), (' two', True)])
+    assert found.tolist() == any_kind.encode('one two') + separator
+
+
+def test_an_error_about_a_text_comes_whole_from_a_worker_process():
+    assert pickle.loads(pickle.dumps(TextError('not text'))).message == 'not text'
 
 
 def test_a_million_characters_without_a_newline_are_decoded_unchanged(any_kind):

@@ -8,13 +8,15 @@ import time
 import pytest
 import reference
 import torch
-from conftest import TINY
+from conftest import TINY, write_dataset
 from kit import Ranks, differences, load, trained_part
 
 import kernels
-from lib.machine import runtime, signals
+import train
+from configurator import UserError
+from lib.machine import compiler, distributed, runtime, signals
 from lib.text import dataset
-from lib.text.dataset import open_dataset, train_starts
+from lib.text.dataset import eval_starts, open_dataset, train_starts
 from lib.training.log import read_log
 from lib.weights import checkpoint
 from model import GPT, Block, GPTConfig
@@ -140,6 +142,146 @@ def test_clipping_and_the_logged_gradient_norm_do_not_depend_on_the_loss_scale(r
         torch.testing.assert_close(scaled[name], p, atol=1e-5, rtol=1e-4)
 
 
+def test_the_last_evaluation_reads_65536_training_tokens_and_all_of_validation(run, workdir, monkeypatch):
+    """Its bar counts the batches."""
+    found = []
+
+    def progress(batches, n_batches, what, show):
+        batches = list(batches)
+        found.append((sum(targets.numel() for _, targets in batches), len(batches), n_batches))
+        return batches[:1]
+    monkeypatch.setattr('lib.training.log.progress', progress)
+    write_dataset(workdir / 'data' / 'long', [i * i % 16 for i in range(70_000)], [i % 7 for i in range(5_001)])
+    done = run('train.py', *TINY, '--dataset=long', '--max_iters=0', '--eval_iters=1', '--block_size=64',
+               '--batch_size=64')
+    assert done.status == 0, done.err
+    assert found == [(2**16, 16, 16), (5_000, 3, 3)]
+    assert 'the last evaluation reads the whole validation split' in done.out
+
+
+def test_an_evaluation_reads_evenly_spread_windows_of_both_splits_and_logs_their_losses(run, workdir):
+    run('train.py', *TINY, '--max_iters=0')
+    state, data = load('out/last.pt'), open_dataset('tiny', 8)
+    model, expected = GPT(GPTConfig(**state['model_args'])), []
+    model.load_state_dict(state['model'])
+    for split in (data.train, data.val):
+        batches = [split.batch(row, 8) for row in eval_starts(len(split), 8, 2, 4)]
+        expected.append(sum(float(model(*batch)[1].detach()) for batch in batches) / 2)
+    assert state['history'] == [pytest.approx([0, *expected], abs=1e-5)]
+    record, = read_log('out/log.jsonl')
+    assert [record['train_loss'], record['val_loss']] == state['history'][0][1:]
+    assert record['train_bpb'] == data.train.bits_per_byte(record['train_loss'])
+    assert record['val_bpb'] == data.val.bits_per_byte(record['val_loss'])
+
+
+@pytest.mark.parametrize('flags', [[], ['--eval_only=True', '--init_from=resume']])
+def test_full_batches_and_no_others_are_evaluated_by_the_compiled_model(run, trained, monkeypatch, flags):
+    shapes = []
+
+    def compiled(model, *args):
+        return lambda idx, targets: shapes.append(tuple(idx.shape)) or model(idx, targets)
+    monkeypatch.setattr(compiler, 'compile_or_fall_back', compiled)
+    monkeypatch.setattr(distributed, 'wrap_ddp', lambda compiled, *args: compiled)
+    done = run('train.py', *TINY, '--max_iters=0', *flags)
+    assert done.status == 0, done.err
+    assert len(shapes) > 60 and set(shapes) == {(4, 8)}  # all of training has 62 full batches
+
+
+class Constant(torch.nn.Module):
+    """A model whose loss is a constant; remembers the shapes that it read, and whether it was in training mode."""
+
+    def __init__(self, loss):
+        super().__init__()
+        self.loss, self.read = loss, []
+
+    def forward(self, idx, targets):
+        self.read.append((tuple(idx.shape), self.training))
+        return None, torch.tensor(self.loss)
+
+
+def test_an_evaluation_weighs_targets_alike_and_compiles_nothing_for_a_shorter_batch(monkeypatch):
+    monkeypatch.setattr(train, 'batch_size', 4)
+    monkeypatch.setattr(train, 'block_size', 8)
+    compiled, raw = Constant(1.0), Constant(3.0)
+    rt = runtime.Runtime(torch.device('cpu'), torch.float32, False, '')
+    full, masked, short = (torch.zeros(n, 8, dtype=torch.long) for n in (4, 4, 2))
+    masked[:, 3:] = -1
+    found = train.estimate_loss(compiled, raw, rt, [(full, full), (full, masked), (short, short)])
+    assert found == pytest.approx((1.0 * 32 + 1.0 * 12 + 3.0 * 16) / 60)
+    assert compiled.read == [((4, 8), True)] * 2 and raw.read == [((2, 8), False)] and raw.training
+    assert train.estimate_loss(compiled, raw, rt, [(full[:1, :1], full[:1, :1])]) == 3.0
+    assert train.estimate_loss(compiled, raw, rt, []) == 0.0
+
+
+@pytest.mark.parametrize('flags, seconds, lengths', [
+    (['--max_iters=6', '--gradient_accumulation_steps=3'], 2 * 6 * 3, [8]),
+    (['--max_iters=1000000', '--max_minutes=2'], 2 * 60, [8]), (['--context_warmup=0.5'], 2 * 6, [2, 4, 8]),
+    (['--init_from=resume', '--max_iters=9'], 2 * 3, [8])])
+def test_whether_to_compile_depends_on_what_is_left_of_the_run(run, trained, monkeypatch, flags, seconds, lengths):
+    """A step of 2 seconds; what is compiled are all lengths of the context."""
+    found = []
+    monkeypatch.setattr(compiler, 'step_in_all_shapes', lambda model, batches: [idx.size(1) for idx, _ in batches])
+
+    def compile_or_fall_back(model, rt, explicit, try_step, seconds_ahead):
+        found.extend((seconds_ahead(2.0), try_step))
+        raise UserError('enough')
+    monkeypatch.setattr(compiler, 'compile_or_fall_back', compile_or_fall_back)
+    assert 'enough' in run('train.py', *TINY, *flags).err and found == [seconds, lengths]
+
+
+@pytest.mark.parametrize('log_interval', [1, 2])
+def test_speed_and_eta_follow_from_the_time_of_the_updates_since_the_last_line(run, workdir, monkeypatch, log_interval):
+    now, real = [0.0], dataset.train_starts
+
+    def starts_of_an_update(*args):
+        now[0] += 2.0
+        return real(*args)
+    monkeypatch.setattr(dataset, 'train_starts', starts_of_an_update)
+    monkeypatch.setattr(time, 'perf_counter', lambda: now[0])
+    done = run('train.py', *TINY, f'--log_interval={log_interval}', '--peak_tflops=1', '--max_iters=100',
+               '--max_minutes=1000', '--eval_interval=3', '--patience=1', '--learning_rate=0')
+    assert done.status == 0, done.err
+    found = re.findall(r'iter (\d+): .* time (.*)ms, .* tok/s (.*), eta (.*)', done.out)
+    assert found == [(str(i), '2000.00', '16', f'3m{18 - 2 * i}s') for i in range(0, 4, log_interval)]
+    flops = GPT(GPTConfig(**load('out/last.pt')['model_args'])).flops_per_token()
+    assert [r['mfu'] for r in updates()] == pytest.approx([flops * 16 / 1e12] * len(found))
+
+
+def test_the_bar_shows_the_fraction_of_the_run_and_is_closed(run, workdir, monkeypatch):
+    class Bar:
+        n = closed = 0
+
+        def __init__(self, total, show):
+            self.total = total
+            bars.append(self)
+
+        def set_description_str(self, text, refresh):
+            pass
+
+        def update(self, more):
+            self.n += more
+
+        def close(self):
+            self.closed = True
+    bars = []
+    monkeypatch.setattr('lib.training.log.progress_bar', Bar)
+    assert run('train.py', *TINY, '--max_iters=2').status == 0
+    bar, = bars
+    assert bar.n == bar.total / 2 and bar.closed  # before the second of two updates
+
+
+def test_trackers_get_every_evaluation_and_update_and_are_finished(run, workdir, monkeypatch):
+    steps = []
+    monkeypatch.setattr('lib.training.trackers.open_trackers', lambda *args: (
+        lambda values, step: steps.append((min(values).split('/')[0], step)), lambda: steps.append('finished'), ''))
+    assert run('train.py', *TINY, '--max_iters=2').status == 0
+    assert steps == [('eval', 0), ('train', 0), ('train', 1), ('eval', 2), 'finished']
+
+
+def test_only_float16_scales_the_loss(run, trained):
+    assert load('out/last.pt')['scaler'] == {}
+
+
 def test_eval_only_evaluates_and_writes_nothing(run, trained):
     before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in trained.iterdir()}
     done = run('train.py', *TINY, '--init_from=resume', '--eval_only=True')
@@ -226,11 +368,12 @@ def cosine(fraction):
     return 0.001 + 0.009 * (1 + math.cos(math.pi * fraction)) / 2
 
 
-def test_max_minutes_ends_a_run_and_sets_the_length_of_its_schedule(run, workdir, clock):
-    done = run('train.py', *TIMED, '--max_minutes=2')
-    assert done.status == 0 and load('out/last.pt')['iter_num'] == 20, done.err
-    assert rates() == pytest.approx([cosine(i / 20) for i in range(20)])
-    assert [r['minutes'] for r in updates()] == pytest.approx([(i + 1) / 10 for i in range(20)])
+@pytest.mark.parametrize('minutes', [0.5, 2])
+def test_max_minutes_ends_a_run_and_sets_the_length_of_its_schedule(run, workdir, clock, minutes):
+    done, n = run('train.py', *TIMED, f'--max_minutes={minutes}'), int(10 * minutes)
+    assert done.status == 0 and load('out/last.pt')['iter_num'] == n, done.err
+    assert rates() == pytest.approx([cosine(i / n) for i in range(n)])
+    assert [r['minutes'] for r in updates()] == pytest.approx([(i + 1) / 10 for i in range(n)])
 
 
 def test_the_minutes_before_a_resume_count(run, workdir, clock):
@@ -306,6 +449,15 @@ def halves(run, out_dir, at, *flags, spoil=lambda state: None):
 def test_six_steps_equal_three_and_three_more_bit_for_bit(run, workdir, flags):  # fault 13
     run('train.py', *HARD, *flags, '--out_dir=whole')
     assert differences(trained_part(load('whole/last.pt')), trained_part(halves(run, 'halves', 3, *flags))) == []
+
+
+@pytest.mark.parametrize('flags', [[], ['--optimizer=muon', '--norm=rmsnorm']])
+def test_resuming_prints_what_changes_and_adamws_rate_in_the_last_update_and_in_the_next(run, workdir, flags):
+    flags = [*TINY, '--lr_decay_iters=20', *flags]
+    run('train.py', *flags, '--max_iters=3')
+    done = run('train.py', *flags, '--max_iters=4', '--init_from=resume')
+    assert 'max_iters: checkpoint 3, now 4' in done.out
+    assert 'learning rate: {:.3g} in the last update, {:.3g} in the next'.format(*rates()[2:]) in done.out
 
 
 def test_without_the_random_state_the_weights_differ(run, workdir):  # fault 13: the test above can fail
@@ -447,6 +599,7 @@ def test_a_nanogpt_checkpoint_is_evaluated_and_sampled(run, workdir):
 def test_a_checkpoint_has_the_keys_names_and_shapes_of_nanogpts(run, trained):
     state = load('out/ckpt.pt')
     assert {'model', 'optimizer', 'model_args', 'iter_num', 'best_val_loss', 'config'} <= state.keys()
+    assert state['format'] == 2  # nanoGPT's has no number
     assert state['model_args'] == dict(n_layer=2, n_head=2, n_embd=16, block_size=8, bias=False, vocab_size=16,
                                        dropout=0.0)
     layer = {'ln_1.weight': (16,), 'attn.c_attn.weight': (48, 16), 'attn.c_proj.weight': (16, 16),
