@@ -114,6 +114,7 @@ class Progress:
     best_val_loss: float = math.inf
     history: list = field(default_factory=list)  # [step, train loss, val loss] of each evaluation
     wandb_id: str = ''
+    threads: int = -1  # chosen because other programs use the CPUs; 0: all of them; -1: not chosen yet
 
 
 def run_fraction(iter_num, minutes, by_clock):
@@ -274,6 +275,7 @@ def main(signals):
         distributed.finish()
         return
 
+    p.threads = trial.choose_threads(lambda: raw_model(*batches[0])[1].backward(), rt, raw_model, p.threads, say)
     trial.announce(compiled_model, batches[-1], settings, data, raw_model, opt, rt, p.iter_num, say, warn)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):

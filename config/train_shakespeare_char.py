@@ -1,6 +1,7 @@
 """Shakespeare in characters. Prepare the text with `python data/shakespeare_char/prepare.py`.
 
 On an NVIDIA GPU this is nanoGPT's baby GPT. Elsewhere it is a smaller model that trains for three minutes.
+With `--max_minutes=1` or less it is smaller still, with `--max_minutes=10` or more it is larger.
 """
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
@@ -54,3 +55,14 @@ if not device.startswith('cuda'):  # a CPU or a Mac
     warmup_iters = 10
     epoch_decay = 0.2  # the more often a text is read, the more weight decay
     context_warmup = 0.6  # short contexts first: more updates in the same time
+
+if not device.startswith('cuda') and max_minutes <= 1:
+    n_embd = 96  # a smaller model reads more text in so little time
+
+if not device.startswith('cuda') and max_minutes >= 10:
+    n_embd = 192  # there is time for a larger model
+    n_head = 3
+    muon_lr = 0.01  # it needs lower rates
+    learning_rate = 0.006
+    cooldown_frac = 1.0  # which fall from the beginning
+    context_warmup = 0.2

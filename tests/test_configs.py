@@ -8,20 +8,22 @@ from conftest import REPO, TINY
 from configurator import resolve
 
 CONFIGS = sorted(p.name for p in (REPO / 'config').glob('*.py'))
-# what a config may ask: is there an NVIDIA GPU, and how wide is the model of the config before it
-CONDITIONS = {"not device.startswith('cuda')", 'n_embd < 768', 'window'}
+# what a config may ask: is there an NVIDIA GPU, how much time is there, and what the config before it has set
+CONDITIONS = {"not device.startswith('cuda')", "not device.startswith('cuda') and max_minutes <= 1",
+              "not device.startswith('cuda') and max_minutes >= 10", 'n_embd < 768', 'window'}
 RECIPE_START, RECIPE_END = '# The recipe for small models without a GPU', 'context_warmup = 0.6'
 
 
-def settings_of(*configs, device):
-    """Return the Settings that train.py would have for these configs on a device."""
+def settings_of(*configs, device, flags=()):
+    """Return the Settings that train.py would have for these configs and flags on a device."""
     defaults = {}
     for node in ast.parse((REPO / 'train.py').read_text(encoding='utf-8')).body:
         if isinstance(node, ast.Assign):
             value = eval(compile(ast.Expression(node.value), 'train.py', 'eval'), {})
             if type(value) in (int, float, bool, str):
                 defaults[node.targets[0].id] = value
-    settings = resolve(defaults, [str(REPO / 'config' / name) for name in configs], {'device': lambda: device})
+    settings = resolve(defaults, [*(str(REPO / 'config' / name) for name in configs), *flags],
+                       {'device': lambda: device})
     assert settings.errors == []
     return settings
 
@@ -52,9 +54,16 @@ def test_the_recipe_without_a_gpu_is_the_same_text_wherever_it_is_used():
     with_muon = [name for name in CONFIGS if settings_of(name, device='cpu')['optimizer'] == 'muon'
                  and settings_of(name, device='cpu')['max_minutes']]
     assert len(with_muon) >= 8
-    own_recipe = {'train_shakespeare_char_record.py'}  # tuned for twenty minutes
-    texts = {name: recipe(name) for name in with_muon if name not in own_recipe}
+    texts = {name: recipe(name) for name in with_muon}
     assert set(texts.values()) == {recipe('train_shakespeare_char.py')} != {''}
+
+
+@pytest.mark.parametrize('flags, width', [
+    (['--max_minutes=0.75'], 96), (['--max_minutes=1'], 96), ([], 128), (['--max_minutes=20'], 192),
+    (['--max_minutes=20', '--n_embd=64'], 64)])
+def test_shakespeares_model_grows_with_the_minutes(flags, width):
+    assert settings_of('train_shakespeare_char.py', device='cpu', flags=flags)['n_embd'] == width
+    assert settings_of('train_shakespeare_char.py', device='cuda', flags=flags[:1])['n_embd'] == 384
 
 
 @pytest.mark.parametrize('name', CONFIGS)

@@ -3,6 +3,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -360,3 +361,50 @@ def test_mistakes_are_reported_in_one_line(run, workdir, flags, told):
 def test_help_lists_the_own_settings_and_those_of_train_py(run):
     out = run('plan.py', '--help').out
     assert '--price' in out and '--n_embd' in out and 'From train.py' in out
+
+
+# threads
+
+@pytest.fixture
+def two_threads(monkeypatch):
+    """Two threads, of which one alone takes a tenth of the time, on a machine where another program runs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
+    monkeypatch.delenv('MKL_NUM_THREADS', raising=False)
+    monkeypatch.setattr(os, 'getloadavg', lambda: (1.2, 0.0, 0.0), raising=False)
+    yield lambda: time.sleep(0.01 if torch.get_num_threads() == 1 else 0.1)
+    torch.set_num_threads(before)
+
+
+def choose(step, chosen=-1):
+    """Return (the choice, torch's threads after it, what was printed)."""
+    said, rt = [], Runtime(torch.device('cpu'), torch.float32, False, '')
+    chosen = trial.choose_threads(step, rt, GPT(GPTConfig(8, 8, 1, 1, 8)), chosen, said.append)
+    return chosen, torch.get_num_threads(), said
+
+
+def test_a_thread_that_another_program_holds_up_is_left_out(two_threads):
+    chosen, threads, said = choose(two_threads)
+    assert (chosen, threads) == (1, 1) and said == ['other programs use the CPUs: 1 of 2 threads is faster']
+
+
+def test_all_threads_are_used_where_they_are_faster(two_threads):
+    assert choose(lambda: time.sleep(0.1 if torch.get_num_threads() == 1 else 0.01)) == (0, 2, [])
+
+
+def test_an_idle_machine_is_not_timed(two_threads, monkeypatch):
+    monkeypatch.setattr(os, 'getloadavg', lambda: (0.1, 2.0, 2.0))
+    assert choose(lambda: pytest.fail('timed')) == (0, 2, [])
+
+
+def test_a_resumed_run_keeps_its_number_of_threads(two_threads):
+    assert choose(lambda: pytest.fail('timed'), chosen=1) == (1, 1, [])
+    torch.set_num_threads(2)
+    assert choose(lambda: pytest.fail('timed'), chosen=0) == (0, 2, [])
+    assert choose(lambda: pytest.fail('timed'), chosen=500) == (500, 2, [])  # on a machine with fewer CPUs
+
+
+def test_the_environment_decides_the_number_of_threads(two_threads, monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '2')
+    assert choose(lambda: pytest.fail('timed')) == (0, 2, [])

@@ -140,9 +140,14 @@ def tune_malloc():
             libc.mallopt(option, value)
 
 
+def threads_are_given():
+    """True if the environment says how many threads to use."""
+    return bool({'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & os.environ.keys())
+
+
 def limit_threads():
     """Let torch use no more threads than the process may use CPUs; OMP_NUM_THREADS and MKL_NUM_THREADS win."""
-    if not {'OMP_NUM_THREADS', 'MKL_NUM_THREADS'} & os.environ.keys() and usable_cpus() < torch.get_num_threads():
+    if not threads_are_given() and usable_cpus() < torch.get_num_threads():
         torch.set_num_threads(usable_cpus())
 
 

@@ -1,4 +1,5 @@
 """Time the updates of a training run on this machine, on random tokens, before the run."""
+import os
 import statistics
 import time
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ import torch
 
 from lib.machine.compiler import compile_or_fall_back
 from lib.machine.device import peak_memory
+from lib.machine.runtime import threads_are_given
 from lib.training import plan
 from lib.training.optim import decay_for_epochs, make_optimizer
 from lib.weights import lora
@@ -112,6 +114,33 @@ def probe(step, rt, model, opt):
     state = sum((4 if group['use_muon'] else 8) * p.numel() for group in opt.param_groups for p in group['params']
                 if not opt.state[p])
     return seconds, peak + state
+
+
+def choose_threads(step, rt, model, chosen, say):
+    """Compute with fewer threads if other programs use the CPUs; return their number, or 0 for all of them.
+
+    Each operation waits for its last thread, and on a busy machine that one waits for its turn. So one thread can be
+    faster than two. step(): one forward and backward pass. chosen: what this returned when the run began, which is
+    kept, because another number of threads rounds otherwise; negative: to be chosen. OMP_NUM_THREADS wins.
+    """
+    threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0
+    fewer = max(1, threads - max(1, round(load)))
+    if chosen > 0:
+        torch.set_num_threads(min(chosen, threads))
+    if chosen >= 0 or rt.device.type != 'cpu' or rt.world_size > 1 or threads_are_given() or load < 0.3 or threads == 1:
+        return max(0, chosen)
+    states, clock, seconds = rt.rng_states(), _Clock(rt), {threads: [], fewer: []}
+    clock.once(step)  # the first one takes longer
+    for number in 3 * [threads, fewer]:
+        torch.set_num_threads(number)
+        seconds[number].append(clock.once(step))
+    model.zero_grad(set_to_none=True)
+    rt.set_rng_state(states)
+    slow = statistics.median(seconds[threads]) > 1.1 * statistics.median(seconds[fewer])
+    torch.set_num_threads(fewer if slow else threads)
+    if slow:
+        say(f'other programs use the CPUs: {fewer} of {threads} threads is faster')
+    return fewer if slow else 0
 
 
 def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn):

@@ -85,6 +85,7 @@ STATE = {  # key of a checkpoint -> (is its value valid?, a name for valid value
     'minutes': (lambda value: _finite(value) and value >= 0, 'a finite number of 0 or more'),
     'best_val_loss': (_loss, 'a number'),
     'history': (_history, 'a list of [step, train loss, val loss]'),
+    'threads': (lambda value: type(value) is int and value < 2**16, 'a whole number'),
     'wandb_id': (lambda value: type(value) is str, 'text'),
     'config': (lambda value: type(value) is dict, 'a dictionary'),
     'origins': (lambda value: type(value) is dict and all(type(v) is str for kv in value.items() for v in kv),
