@@ -275,7 +275,7 @@ def main(signals):
         distributed.finish()
         return
 
-    p.threads = trial.choose_threads(lambda: raw_model(*batches[0])[1].backward(), rt, raw_model, p.threads, say)
+    p.threads = trial.choose_threads(raw_model, batches[0], rt, p.threads, say)
     trial.announce(compiled_model, batches[-1], settings, data, raw_model, opt, rt, p.iter_num, say, warn)
     torch.manual_seed(seed + rt.rank)  # dropout differs between ranks; the data order needs no generator
     if resumed and not rt.set_rng_state(resumed[1].get('rng')):

@@ -373,38 +373,54 @@ def two_threads(monkeypatch):
     monkeypatch.delenv('OMP_NUM_THREADS', raising=False)
     monkeypatch.delenv('MKL_NUM_THREADS', raising=False)
     monkeypatch.setattr(os, 'getloadavg', lambda: (1.2, 0.0, 0.0), raising=False)
-    yield lambda: time.sleep(0.01 if torch.get_num_threads() == 1 else 0.1)
+    yield
     torch.set_num_threads(before)
 
 
-def choose(step, chosen=-1):
-    """Return (the choice, torch's threads after it, what was printed)."""
+class Waiting(GPT):
+    """A model whose forward pass takes seconds[number of threads]."""
+
+    def forward(self, idx, targets):
+        time.sleep(self.seconds[torch.get_num_threads()])
+        return super().forward(idx, targets)
+
+
+def choose(seconds, chosen=-1):
+    """Return (the choice, torch's threads after it, what was printed); seconds: {threads: seconds of a step}."""
     said, rt = [], Runtime(torch.device('cpu'), torch.float32, False, '')
-    chosen = trial.choose_threads(step, rt, GPT(GPTConfig(8, 8, 1, 1, 8)), chosen, said.append)
+    model, idx = Waiting(GPTConfig(8, 8, 1, 1, 8)), torch.zeros(2, 8, dtype=torch.long)
+    model.seconds = seconds
+    chosen = trial.choose_threads(model, (idx, idx), rt, chosen, said.append)
+    assert all(p.grad is None for p in model.parameters())
     return chosen, torch.get_num_threads(), said
 
 
 def test_a_thread_that_another_program_holds_up_is_left_out(two_threads):
-    chosen, threads, said = choose(two_threads)
+    chosen, threads, said = choose({1: 0.01, 2: 0.1})
     assert (chosen, threads) == (1, 1) and said == ['other programs use the CPUs: 1 of 2 threads is faster']
 
 
 def test_all_threads_are_used_where_they_are_faster(two_threads):
-    assert choose(lambda: time.sleep(0.1 if torch.get_num_threads() == 1 else 0.01)) == (0, 2, [])
+    assert choose({1: 0.1, 2: 0.01}) == (0, 2, [])
 
 
 def test_an_idle_machine_is_not_timed(two_threads, monkeypatch):
     monkeypatch.setattr(os, 'getloadavg', lambda: (0.1, 2.0, 2.0))
-    assert choose(lambda: pytest.fail('timed')) == (0, 2, [])
+    assert choose({}) == (0, 2, [])
+
+
+def test_a_large_model_is_not_timed(two_threads, monkeypatch):
+    monkeypatch.setattr(GPT, 'flops_per_token', lambda self, context: 1e10)
+    assert choose({}) == (0, 2, [])
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(two_threads):
-    assert choose(lambda: pytest.fail('timed'), chosen=1) == (1, 1, [])
+    assert choose({}, chosen=1) == (1, 1, [])
     torch.set_num_threads(2)
-    assert choose(lambda: pytest.fail('timed'), chosen=0) == (0, 2, [])
-    assert choose(lambda: pytest.fail('timed'), chosen=500) == (500, 2, [])  # on a machine with fewer CPUs
+    assert choose({}, chosen=0) == (0, 2, [])
+    assert choose({}, chosen=500) == (500, 2, [])  # on a machine with fewer CPUs
 
 
 def test_the_environment_decides_the_number_of_threads(two_threads, monkeypatch):
     monkeypatch.setenv('OMP_NUM_THREADS', '2')
-    assert choose(lambda: pytest.fail('timed')) == (0, 2, [])
+    assert choose({}) == (0, 2, [])

@@ -116,20 +116,27 @@ def probe(step, rt, model, opt):
     return seconds, peak + state
 
 
-def choose_threads(step, rt, model, chosen, say):
+def choose_threads(model, batch, rt, chosen, say):
     """Compute with fewer threads if other programs use the CPUs; return their number, or 0 for all of them.
 
     Each operation waits for its last thread, and on a busy machine that one waits for its turn. So one thread can be
-    faster than two. step(): one forward and backward pass. chosen: what this returned when the run began, which is
-    kept, because another number of threads rounds otherwise; negative: to be chosen. OMP_NUM_THREADS wins.
+    faster than two. Times steps on `batch`; not those of large models, which would take long and wait less. chosen:
+    what this returned when the run began, which is kept, because another number of threads rounds otherwise;
+    negative: to be chosen. OMP_NUM_THREADS wins.
     """
     threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0
     fewer = max(1, threads - max(1, round(load)))
     if chosen > 0:
         torch.set_num_threads(min(chosen, threads))
-    if chosen >= 0 or rt.device.type != 'cpu' or rt.world_size > 1 or threads_are_given() or load < 0.3 or threads == 1:
+    large = model.flops_per_token(batch[0].size(1)) * batch[0].numel() > 5e10
+    if (chosen >= 0 or rt.device.type != 'cpu' or rt.world_size > 1 or threads_are_given() or load < 0.3 or threads == 1
+            or large):
         return max(0, chosen)
     states, clock, seconds = rt.rng_states(), _Clock(rt), {threads: [], fewer: []}
+
+    def step():
+        model(*batch)[1].backward()
+
     clock.once(step)  # the first one takes longer
     for number in 3 * [threads, fewer]:
         torch.set_num_threads(number)
