@@ -29,7 +29,10 @@ SAMPLE = 20_000_000  # bytes: at most this much text trains a BPE
 
 
 def scan(pieces, max_documents):
-    """Return (n_chars, n_documents, distinct characters, an even sample of the text), reading up to max_documents."""
+    """Return (n_chars, n_documents, distinct characters, parts of the text), reading up to max_documents.
+
+    The parts are an even sample to train a BPE on, an iterator: only a BPE needs the time to look for long words.
+    """
     n_chars = n_docs = n_parts = size = 0
     seen, sample, every = np.zeros(0x110000, bool), [], 1
     for text, is_last in pieces:
@@ -46,7 +49,7 @@ def scan(pieces, max_documents):
                 size = sum(len(encoded(part)) for part in sample)
         if n_docs >= max_documents:
             break
-    return n_chars, n_docs, ''.join(map(chr, np.flatnonzero(seen))), list(chain.from_iterable(map(_short, sample)))
+    return n_chars, n_docs, ''.join(map(chr, np.flatnonzero(seen))), chain.from_iterable(map(_short, sample))
 
 
 def _short(text):
