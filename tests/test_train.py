@@ -542,10 +542,10 @@ def test_a_save_on_a_signal_does_not_replace_a_good_initial_model_in_ckpt(run, t
 
 
 def test_weight_decay_follows_the_epochs_that_the_whole_run_reads(run, workdir):
-    run('train.py', *TINY, '--epoch_decay=0.5', '--max_iters=6')
+    run('train.py', *TINY, '--epoch_decay=128', '--max_iters=6')
     state = load('out/last.pt')
     decays = {group['weight_decay'] for group in state['optimizer']['param_groups']}
-    expected = 0.5 * math.sqrt(state['tokens_seen'] / state['data']['train'][0])
+    expected = 128 * state['tokens_seen'] / 6 / 4096 * math.sqrt(state['tokens_seen'] / state['data']['train'][0])
     assert expected > 0.1 and sorted(decays) == pytest.approx([0.0, expected])
 
 
