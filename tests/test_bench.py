@@ -82,7 +82,8 @@ def test_a_list_operation_without_a_fused_kernel_counts_each_tensor():
 def test_operations_of_an_update_are_equal_every_time(workdir, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     argv = [*TINY, '--n_layer=1', '--eval_interval=1000']
-    once, again = (operations.per_unit(str(REPO / 'train.py'), argv, '--max_iters', 2, 4) for _ in range(2))
+    # the first run of a process also loads what later ones have
+    _, once, again = (operations.per_unit(str(REPO / 'train.py'), argv, '--max_iters', 2, 4) for _ in range(3))
     assert once == again and once['_fused_adamw_'] == 2 and sum(once.values()) > 50
 
 
