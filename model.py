@@ -311,7 +311,7 @@ class GPT(nn.Module):
     # ---- not needed to understand the model -------------------------------------------------------------------------
 
     def set_compute_dtype(self, dtype, bf16_residual=False):
-        """Compute matrix products in `dtype`; the rest stays float32, but for the residual stream if told so."""
+        """Compute matrix products in `dtype`; the rest is float32, the residual stream too unless bf16_residual."""
         self.residual_dtype = dtype if bf16_residual and dtype == torch.bfloat16 else None
         for module in self.modules():
             if isinstance(module, Linear):

@@ -485,7 +485,7 @@ def test_ddp_does_not_send_the_table_of_rotary_embeddings_at_every_update():
         rt = Runtime(torch.device('cpu'), torch.float32, False, '', world_size=2)
         ddp = distributed.wrap_ddp(Model(), rt, 'ddp')
         assert not ddp.will_sync_module_buffers() and ddp.gradient_as_bucket_view
-        assert not ddp._comm_hooks  # gradients are sent as they are
+        assert not ddp._comm_hooks  # gradients are sent unchanged
     finally:
         torch.distributed.destroy_process_group()
 

@@ -415,7 +415,7 @@ def test_a_large_model_is_not_timed(two_threads, monkeypatch):
 
 
 def test_a_resumed_run_keeps_its_number_of_threads(two_threads):
-    assert choose({}, chosen=1) == (1, 1, [])
+    assert choose({}, chosen=1) == (1, 1, ['computing with 1 of 2 threads, as this run did before'])
     torch.set_num_threads(2)
     assert choose({}, chosen=0) == (0, 2, [])
     assert choose({}, chosen=500) == (500, 2, [])  # on a machine with fewer CPUs

@@ -122,12 +122,13 @@ def choose_threads(model, batch, rt, chosen, say):
     Each operation waits for its last thread, and on a busy machine that one waits for its turn. So one thread can be
     faster than two. Times steps on `batch`; not those of large models, which would take long and wait less. chosen:
     what this returned when the run began, which is kept, because another number of threads rounds otherwise;
-    negative: to be chosen. OMP_NUM_THREADS wins.
+    negative: to be chosen, unless OMP_NUM_THREADS or MKL_NUM_THREADS is set.
     """
     threads, load = torch.get_num_threads(), os.getloadavg()[0] if hasattr(os, 'getloadavg') else 0.0
     fewer = max(1, threads - max(1, round(load)))
-    if chosen > 0:
-        torch.set_num_threads(min(chosen, threads))
+    if 0 < chosen < threads:
+        torch.set_num_threads(chosen)
+        say(f'computing with {chosen} of {threads} threads, as this run did before')
     large = model.flops_per_token(batch[0].size(1)) * batch[0].numel() > 5e10
     if (chosen >= 0 or rt.device.type != 'cpu' or rt.world_size > 1 or threads_are_given() or load < 0.3 or threads == 1
             or large):
