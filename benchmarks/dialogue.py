@@ -1,13 +1,14 @@
 """Train on data/dialogue with and without the loss mask, from nothing and from text, and score what was held out.
 
-    python benchmarks/dialogue.py                      three seeds of each; two and a half hours
-    python benchmarks/dialogue.py --variants=mask --seeds=1 --minutes=2
+    python benchmarks/dialogue.py                      three seeds of each; two hours
+    python benchmarks/dialogue.py --variants=mask --seeds=1338 --updates=400
 
-    mask       config/train_dialogue.py
-    no-mask    the same windows, but every token is a target, questions and marks too
-    text       half of the time on text, then half on dialogues with the mask, from that model
+    mask            config/train_dialogue.py
+    no-mask         the same windows, but every token is a target, questions and marks too
+    text            half of the updates on text, then half on dialogues with the mask, from that model
+    text-no-mask    the second half without the mask
 
-The text is the source of Python's standard library, without the characters that the dialogues do not have, so that one
+Runs are counted in updates, so that the speed of the machine does not change them. The text is the source of Python's standard library, without the characters that the dialogues do not have, so that one
 tokenizer serves both. Everything is written to data/dialogue_* and --out_dir; a run that is there is not repeated.
 Prints a table in Markdown: accuracy on held-out combinations by task and language, mean and range of the seeds.
 """
@@ -25,17 +26,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from configurator import REPO, configure
 from lib.text import data_folder, tokenizer
 
-variants = 'mask,no-mask,text'  # with commas between
-seeds = '1,2,3'  # with commas between
-minutes = 10.0  # of training, per run
+VARIANTS = ('mask', 'no-mask', 'text', 'text-no-mask')
+
+variants = ','.join(VARIANTS)  # with commas between
+seeds = '1337,1338,1339'  # with commas between
+updates = 1800  # per run; config/train_dialogue.py makes twice as many in ten minutes of two fast cores
 out_dir = 'out-dialogue-benchmark'  # folder for the runs
 flags = ''  # more flags for train.py, separated by spaces
 
 
 def check(s):
     """Return a list of errors in the Settings `s`."""
-    unknown = set(s['variants'].split(',')) - {'mask', 'no-mask', 'text'}
-    return [f'variants={s["variants"]}: expected mask, no-mask, text'] if unknown else []
+    unknown = set(s['variants'].split(',')) - set(VARIANTS)
+    return [f'variants={s["variants"]}: expected some of {", ".join(VARIANTS)}'] if unknown else []
 
 
 def python(*args):
@@ -81,19 +84,24 @@ def prepare():
                '--tokenizer=data/dialogue')
 
 
+def run(out, dataset, seed, count, *more):
+    """Train a run of `count` updates unless it is there."""
+    if not Path(out, 'done').exists():
+        python('train.py', 'config/train_dialogue.py', '--device=cpu', f'--seed={seed}', f'--dataset={dataset}',
+               f'--max_iters={count}', f'--out_dir={out}', *more, *flags.split())
+        Path(out, 'done').touch()
+
+
 def train(variant, seed):
     """Train one run unless it is there; return {kind of question: accuracy}."""
     out = f'{out_dir}/{variant}-{seed}'
-    common = ['train.py', 'config/train_dialogue.py', f'--seed={seed}', '--device=cpu', *flags.split()]
-    if not Path(out, 'done').exists():
-        if variant == 'text':
-            half = f'--max_minutes={minutes / 2}'
-            python(*common, half, '--dataset=dialogue_text', f'--out_dir={out}-before')
-            python(*common, half, f'--init_from={out}-before', f'--out_dir={out}')
-        else:
-            dataset = 'dialogue' if variant == 'mask' else 'dialogue_no_mask'
-            python(*common, f'--max_minutes={minutes}', f'--dataset={dataset}', f'--out_dir={out}')
-        Path(out, 'done').touch()
+    dataset = 'dialogue_no_mask' if variant.endswith('no-mask') else 'dialogue'
+    if variant.startswith('text'):
+        before = f'{out_dir}/before-{seed}'
+        run(before, 'dialogue_text', seed, updates // 2)
+        run(out, dataset, seed, updates // 2, f'--init_from={before}')
+    else:
+        run(out, dataset, seed, updates)
     lines = python('data/dialogue/score.py', f'--out_dir={out}', '--device=cpu', '--show=0').splitlines()
     found = [re.fullmatch(r'(.+?)  ([\d,]+) of ([\d,]+) \(.*', line) for line in lines]
     return {m[1]: int(m[2].replace(',', '')) / int(m[3].replace(',', '')) for m in found if m}
