@@ -164,7 +164,8 @@ def _run_config(path, settings, flags):
     except Exception as error:
         settings.understood = False
         frames = inspect.getinnerframes(error.__traceback__)
-        line = getattr(error, 'lineno', None) or next((f.lineno for f in frames[::-1] if f.filename == str(found)), '?')
+        places = [error, *frames[::-1]] if isinstance(error, SyntaxError) else frames[::-1]
+        line = next((f.lineno for f in places if f.filename == str(found)), '?')
         settings.errors.append(f'{path}:{line}: {type(error).__name__}: {getattr(error, "msg", error)}')
         return
     for name, (line, value) in scope.lines.items():
@@ -254,8 +255,7 @@ def configure(namespace, argv=None, early=None, check=None, words=''):
         raise SystemExit(0)
     sys.excepthook = console.print_exception
     settings = resolve(defaults, argv, early, words)
-    errors = settings.errors + (check(settings) if check and settings.understood else [])
-    if errors:
+    if errors := settings.errors + (check(settings) if check and settings.understood else []):
         exit_with(errors)
     namespace.update(settings)
     return settings

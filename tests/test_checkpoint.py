@@ -171,6 +171,21 @@ def test_a_run_with_adapters_keeps_them_in_last_and_is_merged_in_ckpt(tmp_path):
     assert save_run(ONE, tmp_path, saved, model, as_best=False, required=True) and not (tmp_path / 'ckpt.pt').exists()
 
 
+def test_adapters_of_rank_1_are_merged_too(tmp_path):
+    model, saved = model_and_state(rank=1)
+    assert save_run(ONE, tmp_path, saved, model, as_best=True, required=True)
+    assert load(tmp_path / 'ckpt.pt')['model'].keys() == model_and_state()[1]['model'].keys()
+
+
+def test_a_loaded_checkpoint_does_not_change_with_the_file(tmp_path):
+    model, saved = model_and_state()
+    save_run(ONE, tmp_path, saved, model, as_best=False, required=True)
+    loaded = load(tmp_path / 'last.pt')
+    with open(tmp_path / 'last.pt', 'r+b') as file:  # in place: a file that is mapped would change
+        file.write(bytes(file.seek(0, 2) - file.seek(0)))
+    assert differences(loaded, saved) == []
+
+
 def test_the_merged_model_of_a_run_with_adapters_is_no_training_state(tmp_path):
     """Its optimizer has the state of the adapters, which the merged model lacks."""
     model, saved = model_and_state(rank=2)

@@ -123,6 +123,10 @@ def test_help_shows_only_the_block_of_defaults():
     assert 'What it does.' in text and 'how many' in text and 'a group' in text and 'no setting' not in text
 
 
+def test_help_ends_its_settings_at_the_first_function():
+    assert describe('"""Doc."""\nx = 3  # how many\ndef f():\n    pass\nx = 5  # later\n', {'x': 3}).count('--x') == 1
+
+
 def test_the_columns_of_help_line_up():
     script = '"""What it does."""\nx = 3  # how many\n# --- a rule\nname: str = "a"\n'
     doc, empty, title, *lines = describe(script, {'x': 3, 'name': 'a'}).splitlines()
@@ -203,6 +207,13 @@ def test_a_similar_config_file_is_suggested(config):
         'config file train_shakespear_char.py not found; did you mean config/train_shakespeare_char.py?']
 
 
+def test_one_config_file_is_suggested_not_several():
+    error, = resolve(DEFAULTS, ['config/train_shakespear_char.py', '--bias']).errors
+    assert error.count('did you mean') == 1
+    error, = resolve(DEFAULTS, ['eval_gpt2_larg.py']).errors  # there are eval_gpt2_medium.py and eval_gpt2_xl.py, too
+    assert error.count('did you mean') == 1
+
+
 @pytest.mark.parametrize('argv, files', [([], 'a'), (['x', 'y'], 'x\ny'),
                                          (['--files=x', 'y', '--files', 'z'], 'x\nz\ny')])
 def test_words_that_are_not_flags_are_the_values_of_one_setting(argv, files):
@@ -280,5 +291,17 @@ def test_a_whole_number_of_more_than_64_bits_is_refused():
     assert not resolve({'size': 1}, [f'--size={2**64 - 1}']).errors and resolve({'size': 1}, [f'--size={2**64}']).errors
 
 
-def test_a_long_message_is_shortened():
-    assert len(UserError('x' * 10**6).message) < 2000
+@pytest.mark.parametrize('length, shown', [(2000, 2000), (2001, 1505), (10**6, 1505)])
+def test_a_message_of_more_than_2000_characters_is_shortened(length, shown):
+    assert len(UserError('x' * length).message) == shown
+
+
+@pytest.mark.parametrize('word', ['out/lr=0.1/a.py', 'bias'])
+def test_a_word_is_a_forgotten_hyphen_only_if_it_sets_a_setting(word):
+    assert resolve(DEFAULTS, [word]).errors == [f'config file {word} not found']
+
+
+def test_an_error_in_a_library_is_reported_with_the_line_of_the_config_file(config):
+    for n, line in enumerate(('import string\nstring.capwords(None)', 'import json\njson.loads("{\\n\\n\\n")')):
+        config(f'{n}.py', f'{line}\n')
+        assert resolve(DEFAULTS, [f'{n}.py']).errors[0].startswith(f'{n}.py:2: ')

@@ -96,6 +96,11 @@ def test_a_shuffled_order_is_not_a_simple_stride():
     assert len(set(np.diff(order))) > 2000 and abs(np.corrcoef(order[:-1], order[1:])[0, 1]) < 0.05
 
 
+@pytest.mark.parametrize('n', [1, 2, 3, 4, 5, 15, 16, 17, 64, 65, 100, 257])
+def test_an_epoch_of_any_length_has_each_window_once(n):
+    assert sorted(starts(n_tokens=8 * (n + 1) + 1, count=n) // 8) == [*range(n)]
+
+
 def test_the_order_is_the_same_in_every_version():
     """A run that is resumed with a later version of the program must not read other samples."""
     mixed = dataset._splitmix64(np.array([0x9e3779b97f4a7c15], dtype=np.uint64))
@@ -114,6 +119,11 @@ def test_the_order_is_the_same_in_every_version():
     (32, 0.3, (4, 0, 4)), (72, 0.3, (8, 2, 2))])
 def test_contexts_of_a_quarter_and_of_half_the_window_come_first(tokens_seen, fraction, expected):
     assert next_windows(tokens_seen, 4, 8, fraction, context_warmup=0.6) == expected
+
+
+def test_a_window_that_was_begun_is_read_on_from_a_multiple_of_its_quarter():
+    assert next_windows(20 * 4, 4, 40, 0.9, context_warmup=0.6) == (0, 20, 20)
+    assert next_windows(10 * 4, 4, 40, 0.9, context_warmup=0.6) == (0, 10, 10)
 
 
 def test_without_short_contexts_every_update_reads_whole_windows():

@@ -539,6 +539,32 @@ def test_two_ranks_train_with_muon_as_one_does(trained_with_muon, parallel):
         assert moments.keys() == two['optimizer']['state'][i].keys()
 
 
+ROWLESS = EXACT_MUON + """
+import copy, sys, torch, torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from lib.machine.distributed import full_tensor
+dist.init_process_group('gloo', world_size=3, rank=rank, init_method=f'tcp://127.0.0.1:{sys.argv[1]}')
+def update(net):
+    groups = [dict(params=[net.weight], use_muon=True, splits=[1], momentum=0.9)]
+    opt = optim.MuonAdamW(groups, lr=0.1, weight_decay=0.1)
+    for _ in range(2):
+        net(torch.eye(4)).square().sum().backward()
+        opt.step()
+    return full_tensor(net.weight)
+torch.manual_seed(1)
+net = torch.nn.Linear(4, 2, bias=False)
+sharded = update(fully_shard(copy.deepcopy(net)))
+dist.is_initialized = lambda: False  # from here on each rank works alone
+print(torch.allclose(sharded, update(net), rtol=0, atol=1e-6))
+sys.exit()
+"""
+
+
+def test_a_rank_without_rows_of_a_matrix_takes_part_in_its_update(workdir):
+    outcomes = Ranks(3, 'train.py', free_port(), cwd=workdir, hook=ROWLESS).wait()
+    assert [(status, out) for status, out, _ in outcomes] == [(0, 'True\n')] * 3, outcomes
+
+
 def test_two_ranks_share_the_batches_of_an_evaluation_without_overlap(trained_with_muon):
     def evaluated(folder, rank):
         return (folder / f'evaluated-{rank}').read_text(encoding='utf-8').splitlines()

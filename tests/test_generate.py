@@ -186,6 +186,21 @@ def test_any_penalty_but_1_changes_the_tokens(penalty):
     assert not torch.equal(plain, other)
 
 
+def test_the_penalty_regards_a_token_as_seen_once_it_was_drawn_and_not_before(monkeypatch):
+    model = tiny()
+    constant = torch.tensor([0.9, 1.0] + [-1.0] * 11)
+    monkeypatch.setattr(model.lm_head, 'forward', lambda x: constant.expand(*x.shape[:-1], 13))
+    ids = ids_of(model, [5], 1, 3, temperature=0, repetition_penalty=2.0)
+    assert ids[0].tolist() == [1, 0, 1]  # 1.0 > 0.9; 0.9 > 0.5; 0.5 > 0.45
+
+
+def test_without_a_penalty_it_does_not_matter_what_was_seen():
+    u = torch.full((1,), 0.3)
+    assert torch.equal(sample_next_token(TOY, u, torch.tensor([[True, False] * 2 + [True]])), sample_next_token(TOY, u))
+    logits, seen = torch.tensor([[1.0, 0.9]]), torch.tensor([[True, False]])
+    assert sample_next_token(logits, None, seen, temperature=0) == 0
+
+
 @pytest.mark.parametrize('top_k', [0, 1, 13, 18])
 def test_any_top_k_generates_tokens_of_the_vocabulary(top_k):
     ids = ids_of(tiny(), [1], 3, 20, top_k=top_k)

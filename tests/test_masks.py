@@ -315,6 +315,13 @@ def test_max_targets_reads_dialogues_spread_evenly(prepare, most, n):
     assert len(read) == n and read[0] == tuple(ids[0]) and read[-1] == tuple(ids[-1 if n > 1 else 0])
 
 
+def test_a_split_of_just_max_targets_is_read_whole(prepare):
+    prepare(rows())
+    split = open_dataset('rows', 128).train
+    assert sum(len(idx) for idx, _ in split_batches(split, 128, 2, max_targets=len(split) - 1)) == 54
+    assert sum(len(idx) for idx, _ in split_batches(split, 128, 2, max_targets=len(split) - 2)) < 54
+
+
 @pytest.mark.parametrize('world_size', [1, 2, 3])
 def test_a_pass_over_a_split_has_every_target_once(data, world_size):
     batches = [pair for rank in range(world_size) for pair in split_batches(data.train, 200, 4, rank, world_size)]

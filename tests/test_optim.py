@@ -214,6 +214,22 @@ def test_clipping_gives_the_norm_and_the_gradients_of_torchs(max_norm, dtype):
         torch.testing.assert_close(p.grad, q.grad)
 
 
+def test_clipping_tiny_gradients_is_torchs_too():
+    """Their norm is as small as the number that keeps the division from 0."""
+    net, other = tiny(), tiny()
+    for p, q in zip(net.parameters(), other.parameters()):
+        p.grad = 1e-8 * torch.randn_like(p)
+        q.grad = p.grad.clone()
+    assert 1e-7 < clip_grad_norm_(net.parameters(), 1e-7) < 1e-5
+    torch.nn.utils.clip_grad_norm_(other.parameters(), 1e-7)
+    for p, q in zip(net.parameters(), other.parameters()):
+        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=0)
+
+
+def test_a_rank_without_matrices_orthogonalizes_none():
+    assert optim.orthogonalized([]) == []
+
+
 def test_clipping_a_deeper_model_takes_no_more_operations():
     def count(n_layer):
         net = GPT(GPTConfig(8, 16, n_layer, 2, 16))
