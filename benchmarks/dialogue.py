@@ -8,9 +8,10 @@
     text            half of the updates on text, then half on dialogues with the mask, from that model
     text-no-mask    the second half without the mask
 
-Runs are counted in updates, so that the speed of the machine does not change them. The text is the source of Python's standard library, without the characters that the dialogues do not have, so that one
-tokenizer serves both. Everything is written to data/dialogue_* and --out_dir; a run that is there is not repeated.
-Prints a table in Markdown: accuracy on held-out combinations by task and language, mean and range of the seeds.
+Runs are counted in updates, so that the speed of the machine does not change them. The text is the source of Python's
+standard library, without the characters that the dialogues do not have, so that one tokenizer serves both. Everything
+is written to data/dialogue_* and --out_dir; a run that is there is not repeated. Prints a table in Markdown: accuracy
+on held-out combinations by task and language, mean and range of the seeds.
 """
 import hashlib
 import json
