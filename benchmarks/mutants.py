@@ -44,14 +44,15 @@ again = ''  # such a file: test only its survivors
 EQUIVALENT = REPO / 'benchmarks/equivalent_mutants.json'  # {module: {changed line: why no test should notice}}
 TESTS = {  # the test files that should notice
     'lib/tasks.py': ('tasks', 'evaluate', 'hostile'),
-    'lib/training/optim.py': ('optim', 'guard', 'hostile', 'train'),
+    'lib/training/optim.py': ('optim', 'guard', 'hostile', 'train', 'distributed'),
     'configurator.py': ('configurator', 'preflight', 'read_text', 'console'),
     'lib/weights/checkpoint.py': ('checkpoint', 'saver', 'load_model', 'preflight', 'hostile', 'guard', 'export',
                                   'train'),
     'lib/text/tokenizer.py': ('tokenizer', 'data_folder', 'hostile', 'arithmetic', 'dialogue', 'chat'),
     'lib/generate.py': ('generate', 'sampling_rules', 'sample', 'evaluate', 'int8'),
     'lib/text/dataset.py': ('dataset', 'masks', 'data_folder', 'fuzz', 'guard', 'evaluate', 'train'),
-    'train.py': ('train', 'guard', 'curves', 'log', 'signals', 'evaluate', 'preflight', 'masks', 'distributed'),
+    'train.py': ('train', 'guard', 'curves', 'log', 'signals', 'evaluate', 'preflight', 'masks', 'distributed', 'lora',
+                 'saver', 'compiler', 'trackers', 'plan', 'hostile'),
     'model.py': ('model', 'generate', 'decode', 'load_model', 'gpt2', 'optim'),
     'kernels.py': ('kernels', 'model', 'generate', 'decode', 'optim'),
 }

@@ -16,7 +16,7 @@ import train
 from configurator import UserError
 from lib.machine import compiler, distributed, runtime, signals
 from lib.text import dataset
-from lib.text.dataset import eval_starts, open_dataset, train_starts
+from lib.text.dataset import eval_starts, open_dataset, split_batches, train_starts
 from lib.training.log import read_log
 from lib.weights import checkpoint
 from model import GPT, Block, GPTConfig
@@ -172,6 +172,13 @@ def test_an_evaluation_reads_evenly_spread_windows_of_both_splits_and_logs_their
     assert [record['train_loss'], record['val_loss']] == state['history'][0][1:]
     assert record['train_bpb'] == data.train.bits_per_byte(record['train_loss'])
     assert record['val_bpb'] == data.val.bits_per_byte(record['val_loss'])
+    whole = []
+    for split in (data.train, data.val):  # the last evaluation, of all targets alike
+        batches = [(model(*batch)[1].item(), batch[1].numel()) for batch in split_batches(split, 8, 4)]
+        whole.append(sum(loss * n for loss, n in batches) / sum(n for _, n in batches))
+    assert [record['whole_train_loss'], record['whole_val_loss']] == pytest.approx(whole, abs=1e-5)
+    bits = record['whole_val_loss'] * (len(data.val) - 1) / math.log(2)  # of all tokens but the first
+    assert record['whole_val_bpb'] == pytest.approx(bits / data.val.n_bytes)
 
 
 @pytest.mark.parametrize('flags', [[], ['--eval_only=True', '--init_from=resume']])
@@ -308,12 +315,19 @@ def nanogpt_rate(it, warmup, decay, peak, low):
     return low + (peak - low) * (1 + math.cos(math.pi * decayed)) / 2
 
 
-@pytest.mark.parametrize('warmup, decay', [(0, 12), (4, 12), (4, 8), (2, 20), (20, 40)])
+@pytest.mark.parametrize('warmup, decay', [(0, 12), (4, 12), (4, 8), (4, 5), (2, 20), (20, 40)])
 def test_the_learning_rate_is_nanogpts(run, workdir, warmup, decay):
     done = run('train.py', *TINY, '--max_iters=12', f'--warmup_iters={warmup}', f'--lr_decay_iters={decay}',
                '--learning_rate=0.01', '--min_lr=0.002')
     assert done.status == 0
     assert rates() == pytest.approx([nanogpt_rate(it, warmup, decay, 0.01, 0.002) for it in range(12)])
+
+
+def test_muons_rate_falls_to_zero_where_adamw_has_none(monkeypatch):
+    for name, value in (('learning_rate', 0.0), ('min_lr', 0.0), ('warmup_iters', 10),
+                        ('decay_lr', True), ('lr_schedule', 'cosine')):
+        monkeypatch.setattr(train, name, value)
+    assert train.get_lr_scale(1000, 1.0, by_clock=True) == 0.0
 
 
 def test_without_settings_the_decay_follows_max_iters_to_a_tenth_of_the_rate(run, workdir):
