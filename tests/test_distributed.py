@@ -48,6 +48,19 @@ def print_shards(*args):
     return model
 distributed.shard_or_move = print_shards
 """
+PRINT_START = """
+import torch
+from lib.machine import compiler
+from lib.training import trackers
+real_compile, real_open = compiler.compile_or_fall_back, trackers.open_trackers
+def compile_or_fall_back(*args):
+    print('micro-steps left', args[-1](1.0), flush=True)
+    return real_compile(*args)
+def open_trackers(*args):
+    print('seed', torch.initial_seed(), flush=True)
+    return real_open(*args)
+compiler.compile_or_fall_back, trackers.open_trackers = compile_or_fall_back, open_trackers
+"""
 CHUNKED_LOSS = """
 import kernels
 kernels.CHUNK = 40  # two tokens of 16 logits at a time
@@ -122,7 +135,7 @@ def trained(run, workdir, monkeypatch, folders):
                 exec(KEEP_GRADIENTS, {'rank': 'alone'})
                 outcomes = [(run('train.py', *flags).status, '', '')]
             else:
-                hook = CHUNKED_LOSS + PRINT_SHARDS + KEEP_GRADIENTS
+                hook = CHUNKED_LOSS + PRINT_SHARDS + PRINT_START + KEEP_GRADIENTS
                 how = ['--bf16_gradients', '--max_iters=1'] if kind == 'bf16' else [f'--parallel={kind}']
                 outcomes = two(workdir, f'--out_dir=trained-{kind}', *how, hook=hook)
             assert {status for status, _, _ in outcomes} == {0}, [err for _, _, err in outcomes]
@@ -163,6 +176,11 @@ def test_under_fsdp_a_rank_holds_half_of_the_model(trained, parallel, fraction):
              if line.startswith('parameters here')]
     here, total = [int(words[2]) for words in lines], int(lines[0][4])
     assert sum(here) == 2 * fraction * total and max(here) < 1.1 * fraction * total
+
+
+def test_each_rank_draws_its_own_dropout_and_computes_its_share_of_the_micro_steps(trained):
+    for rank, (_, out, _) in enumerate(trained('ddp')[1]):
+        assert f'seed {1337 + rank}' in out.splitlines() and 'micro-steps left 20.0' in out.splitlines()
 
 
 GATHER = """

@@ -285,6 +285,13 @@ def test_trackers_get_every_evaluation_and_update_and_are_finished(run, workdir,
     assert steps == [('eval', 0), ('train', 0), ('train', 1), ('eval', 2), 'finished']
 
 
+def test_the_runtime_is_told_that_it_is_to_train(run, workdir, monkeypatch):
+    real, told = runtime.start, []
+    monkeypatch.setattr(runtime, 'start', lambda settings, trains: told.append(trains) or real(settings, trains))
+    run('train.py', *TINY, '--max_iters=0')
+    assert told == [True]
+
+
 def test_only_float16_scales_the_loss(run, trained):
     assert load('out/last.pt')['scaler'] == {}
 
@@ -385,6 +392,7 @@ def cosine(fraction):
 @pytest.mark.parametrize('minutes', [0.5, 2])
 def test_max_minutes_ends_a_run_and_sets_the_length_of_its_schedule(run, workdir, clock, minutes):
     done, n = run('train.py', *TIMED, f'--max_minutes={minutes}'), int(10 * minutes)
+    assert ' iterations per epoch)' in done.out  # how many epochs it will be is not known
     assert done.status == 0 and load('out/last.pt')['iter_num'] == n, done.err
     assert rates() == pytest.approx([cosine(i / n) for i in range(n)])
     assert [r['minutes'] for r in updates()] == pytest.approx([(i + 1) / 10 for i in range(n)])
