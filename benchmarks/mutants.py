@@ -52,7 +52,7 @@ TESTS = {  # the test files that should notice
     'lib/generate.py': ('generate', 'sampling_rules', 'sample', 'evaluate', 'int8'),
     'lib/text/dataset.py': ('dataset', 'masks', 'data_folder', 'fuzz', 'guard', 'evaluate', 'train'),
     'train.py': ('train', 'guard', 'curves', 'log', 'signals', 'evaluate', 'preflight', 'masks', 'distributed', 'lora',
-                 'saver', 'compiler', 'trackers', 'plan', 'hostile'),
+                 'saver', 'checkpoint', 'compiler', 'trackers', 'hostile'),
     'model.py': ('model', 'generate', 'decode', 'load_model', 'gpt2', 'optim'),
     'kernels.py': ('kernels', 'model', 'generate', 'decode', 'optim'),
 }

@@ -8,7 +8,7 @@ import torch
 from conftest import TINY
 from kit import REPO, differences, load, python, trained_part
 
-from lib.machine import console
+from lib.machine import console, runtime
 from lib.machine.signals import Signals
 from lib.text import dataset
 from lib.weights import checkpoint
@@ -159,6 +159,12 @@ def test_usr1_saves_and_training_goes_on_unchanged(run, workdir, signal_at):  # 
     assert differences(expected, trained_part(load('out/last.pt'))) == []
 
 
+def test_a_signal_after_the_second_evaluation_leaves_the_best_model_in_ckpt(run, workdir, signal_at):
+    signal_at(signal.SIGTERM, 5)
+    assert run('train.py', *FLAGS, '--eval_interval=2').status == 143
+    assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'last')] == [2, 3]
+
+
 def test_a_signal_during_a_save_lets_it_finish(run, workdir, monkeypatch):  # fault 46
     real, calls = os.fsync, []
 
@@ -223,3 +229,39 @@ def test_a_signal_during_an_evaluation_ends_it_and_it_is_repeated_on_resume(run,
     assert run('train.py', *FLAGS, '--init_from=resume').status == 0
     assert differences(*(load(f'{folder}/last.pt')['model'] for folder in ('whole', 'out'))) == []
     assert load('out/last.pt')['history'] == load('whole/last.pt')['history']
+
+
+def test_usr1_during_an_evaluation_lets_it_finish(run, workdir, monkeypatch):
+    real, calls, asked = dataset.Split.batch, [], []
+
+    def batch(self, *args):
+        if not torch.is_grad_enabled():
+            calls.append(0)
+            if len(calls) == 8:
+                os.kill(os.getpid(), signal.SIGUSR1)
+        return real(self, *args)
+
+    def minutes_running():
+        asked.append(0)
+        assert len(asked) < 100, 'the evaluation is repeated without end'
+        return len(asked) / 60
+    monkeypatch.setattr(dataset.Split, 'batch', batch)
+    monkeypatch.setattr(runtime, 'minutes_running', minutes_running)
+    done = run('train.py', *FLAGS)
+    assert done.status == 0 and [step for step, _, _ in load('out/last.pt')['history']] == [0, 6], done.err
+
+
+def test_when_stdout_is_lost_before_an_evaluation_the_run_is_saved_without_it(run, workdir, monkeypatch):
+    real, calls = dataset.Split.batch, []
+
+    def batch(self, *args):
+        if torch.is_grad_enabled():
+            calls.append(0)
+            if len(calls) == 12:  # in the last of six updates
+                monkeypatch.setitem(console._lost, 1, OSError(errno.EPIPE, 'gone'))
+        assert torch.is_grad_enabled() or len(calls) < 12, 'evaluated'
+        return real(self, *args)
+    monkeypatch.setattr(dataset.Split, 'batch', batch)
+    assert run('train.py', *FLAGS).status == 141
+    state = load('out/last.pt')
+    assert state['iter_num'] == 6 and [step for step, _, _ in state['history']] == [0]
