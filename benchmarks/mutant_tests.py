@@ -71,7 +71,7 @@ class Recorder:
 class Judge:
     """Runs the tests of each mutant in a fork of this process, which has collected all tests and run none.
 
-    jobs: [(number, source of the file `path`, {id: seconds} of its tests, the fastest first), ...]. Appends lines
+    jobs: [(number, source of the file `path`, {id: seconds} of its tests in order), ...]. Appends lines
     `number verdict` to the file `out`: the test that failed, `passed`, `late` or `unapplied`.
     """
 

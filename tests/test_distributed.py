@@ -18,7 +18,9 @@ from configurator import Settings, UserError
 from lib.machine import distributed, runtime
 from lib.machine.runtime import Runtime
 from lib.training import optim
+from lib.training.log import read_log
 from lib.weights import checkpoint
+from model import GPT, GPTConfig
 
 FLAGS = [*TINY, '--gradient_accumulation_steps=4', '--max_iters=10', '--eval_interval=5', '--lr_decay_iters=20',
          '--dist_timeout=200', '--eval_iters=3']
@@ -29,6 +31,7 @@ KEEP_GRADIENTS = """
 import torch
 from lib.machine import distributed
 from lib.training import optim
+from lib.training.log import read_log
 real, calls = optim.clip_grad_norm_, []
 def clip_grad_norm_(params, most):
     params = list(params)
@@ -129,7 +132,7 @@ def trained(run, workdir, monkeypatch, folders):
     """
     def train(kind):
         if kind not in folders:
-            flags = [*FLAGS, f'--out_dir=trained-{kind}']
+            flags = [*FLAGS, f'--out_dir=trained-{kind}', '--peak_tflops=1']
             if kind == 'one':
                 monkeypatch.setattr(optim, 'clip_grad_norm_', optim.clip_grad_norm_)  # undone later
                 exec(KEEP_GRADIENTS, {'rank': 'alone'})
@@ -137,7 +140,7 @@ def trained(run, workdir, monkeypatch, folders):
             else:
                 hook = CHUNKED_LOSS + PRINT_SHARDS + PRINT_START + KEEP_GRADIENTS
                 how = ['--bf16_gradients', '--max_iters=1'] if kind == 'bf16' else [f'--parallel={kind}']
-                outcomes = two(workdir, f'--out_dir=trained-{kind}', *how, hook=hook)
+                outcomes = two(workdir, *flags[len(FLAGS):], *how, hook=hook)
             assert {status for status, _, _ in outcomes} == {0}, [err for _, _, err in outcomes]
             folders[kind] = workdir, outcomes
         return folders[kind]
@@ -160,6 +163,13 @@ def test_gradients_of_two_ranks_are_the_mean_over_the_global_batch(trained, para
     first, second = (load(trained(parallel)[0] / f'gradients{rank}.pt') for rank in (0, 1))
     for a, b, c in zip(alone, first, second, strict=True):
         assert float((a - b).norm()) <= 1e-6 * float(a.norm()) and torch.equal(b, c)
+
+
+def test_mfu_is_the_fraction_of_the_peak_of_all_devices_together(trained):
+    folder = trained('ddp')[0] / 'trained-ddp'
+    flops = GPT(GPTConfig(**load(folder / 'last.pt')['model_args'])).flops_per_token(8)
+    records = [r for r in read_log(folder / 'log.jsonl') if 'iter' in r]
+    assert [r['mfu'] for r in records] == [pytest.approx(flops * r['tok_s'] / 2 / 1e12) for r in records] != []
 
 
 def test_gradients_that_two_ranks_send_in_bfloat16_differ_by_its_rounding(trained):

@@ -48,12 +48,15 @@ def test_a_line_belongs_to_its_statement_and_a_default_value_to_the_functions_bo
     assert spans[5] == {6, 7, 8, 9, 10} and 2 not in spans and 14 not in spans
 
 
-def test_the_tests_that_execute_a_line_run_with_the_fastest_first(monkeypatch):
-    recorded = {'a': [3.0, [1, 2]], 'b': [1.0, [2, 3]], 'c': [2.0, [4]]}
-    assert list(mutants.tests_of({2}, recorded)) == ['b', 'a'] and mutants.tests_of({9}, recorded) == {}
-    assert list(mutants.tests_of(None, recorded)) == ['b', 'c', 'a']
-    monkeypatch.setattr(mutants, 'budget', 3.5)
-    assert list(mutants.tests_of(None, recorded)) == ['b', 'c']
+def test_the_tests_that_execute_a_line_run_with_the_modules_own_and_the_fastest_first(monkeypatch):
+    other, own = 'tests/test_lora.py::', 'tests/test_train.py::'
+    recorded = {f'{other}a': (3.0, [1, 2]), f'{other}b': (1.0, [2]), f'{own}c': (2.0, [5]), f'{own}d': (1.5, [2])}
+
+    def chosen(lines):
+        return ''.join(id[-1] for id in mutants.tests_of('train.py', lines, recorded))
+    assert (chosen({2}), chosen({9}), chosen(None)) == ('dba', '', 'dcba')
+    monkeypatch.setattr(mutants, 'budget', 5.0)
+    assert chosen(None) == 'dcb'
 
 
 def test_every_equivalent_mutant_is_one_that_there_is():

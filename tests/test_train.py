@@ -292,6 +292,22 @@ def test_the_runtime_is_told_that_it_is_to_train(run, workdir, monkeypatch):
     assert told == [True]
 
 
+def test_weight_decay_follows_the_epochs_that_the_run_will_have(run, workdir, monkeypatch):
+    found = []
+    monkeypatch.setattr('lib.training.optim.decay_for_epochs', lambda decay, each, epochs, tokens: found.append(
+        (epochs, tokens)) or decay)
+    run('train.py', *TINY, '--max_iters=4')
+    epochs = 4 * 32 / open_dataset('tiny', 8).train.epoch_tokens(8)
+    n = len(found) // 4  # parameter groups
+    assert found == [(0.0, 32)] * n + [(pytest.approx(epochs), 32)] * 3 * n  # before the first update it is not known
+
+
+def test_an_evaluation_that_is_no_better_leaves_ckpt_as_it_is(run, workdir):
+    run('train.py', *TINY, '--max_iters=4', '--eval_interval=2', '--learning_rate=0')
+    assert len({loss for _, _, loss in load('out/last.pt')['history']}) == 1
+    assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'last')] == [0, 4]
+
+
 def test_only_float16_scales_the_loss(run, trained):
     assert load('out/last.pt')['scaler'] == {}
 
@@ -418,6 +434,7 @@ def test_a_run_whose_time_is_over_before_the_first_update_says_that_the_model_is
     clock.n_updates = 1  # importing took 0.1 minutes
     done = run('train.py', *TIMED, '--max_minutes=0.05', *flags)
     assert 'max_minutes=0.05 was over before the first update, so the model is untrained' in done.err
+    assert 'untrained' not in run('train.py', *TINY, '--max_iters=0', '--out_dir=none').err
 
 
 @pytest.mark.parametrize('minutes', [1, 4])
