@@ -98,7 +98,7 @@ def test_attention_has_the_gradients_of_its_formula(dropout_p, window):
 def test_rotation_has_the_values_and_gradients_of_its_formula():
     angle = random(5, 1, 1, 3, seed=2, dtype=torch.float64)
     cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([-angle.sin(), angle.sin()], -1)
-    x = double(2, 5, 2, 4, 6, seed=1)
+    x = double(3, 5, 2, 4, 6, seed=1)
     first, second = x.chunk(2, -1)
     expected = torch.cat([first * angle.cos() - second * angle.sin(), second * angle.cos() + first * angle.sin()], -1)
     turned = kernels.rotate(x, cos, sin)

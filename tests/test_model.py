@@ -198,6 +198,33 @@ def test_checkpointed_activations_change_no_gradient(options):
     torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-6)
 
 
+def test_checkpointed_activations_reach_weights_below_frozen_embeddings():
+    net = make().train().requires_grad_(False)
+    net.checkpoint_activations = True
+    weight = net.transformer.h[0].mlp.c_fc.weight.requires_grad_()
+    net(tokens(), tokens())[1].backward()
+    assert weight.grad.norm() > 0
+
+
+@pytest.mark.parametrize('flags, expected', [((), torch.float32), ((True,), torch.bfloat16)])
+def test_the_residual_stream_is_float32_unless_asked(flags, expected):
+    net, found = make(), []
+    net.set_compute_dtype(torch.bfloat16, *flags)
+    net.transformer.h[1].register_forward_pre_hook(lambda block, args: found.append(args[0].dtype))
+    net(tokens())
+    net.set_compute_dtype(torch.float32, *flags)
+    net(tokens())
+    assert found == [expected, torch.float32]
+
+
+def test_the_angles_of_rotary_embeddings_are_not_saved():
+    assert 'rope' not in make(pos='rope').state_dict()
+
+
+def test_without_muon_no_group_is_muons():
+    assert [group['use_muon'] for group in make().param_groups(0.1)] == [False, False]
+
+
 def test_activations_are_recomputed_only_in_training_and_on_request(monkeypatch):
     calls, real = [], torch.utils.checkpoint.checkpoint
     monkeypatch.setattr(torch.utils.checkpoint, 'checkpoint', lambda *a, **k: calls.append(1) or real(*a, **k))
