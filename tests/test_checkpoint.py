@@ -180,7 +180,7 @@ def test_adapters_of_rank_1_are_merged_too(tmp_path):
 def test_a_loaded_checkpoint_does_not_change_with_the_file(tmp_path):
     model, saved = model_and_state()
     save_run(ONE, tmp_path, saved, model, as_best=False, required=True)
-    loaded = load(tmp_path / 'last.pt')
+    loaded = checkpoint.load(tmp_path / 'last.pt')
     with open(tmp_path / 'last.pt', 'r+b') as file:  # in place: a file that is mapped would change
         file.write(bytes(file.seek(0, 2) - file.seek(0)))
     assert differences(loaded, saved) == []
