@@ -8,6 +8,7 @@ import sys
 import time
 import zipfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
@@ -77,11 +78,11 @@ def break_call(monkeypatch, module, name, error, when=lambda *args: True):
     monkeypatch.setattr(module, name, broken)
 
 
-# Several ranks, forked from one server that has imported torch: a start costs a tenth of a second, not four
+# Several ranks, forked from one server that has imported what they import: a start costs a tenth of a second, not four
 
 _ranks = multiprocessing.get_context('forkserver')
-_ranks.set_forkserver_preload(['torch', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'lib.generate', 'tqdm',
-                               'lib.training.preflight', 'lib.training.log'])
+_ranks.set_forkserver_preload(['torch._dynamo', 'torch.distributed.fsdp', 'torch.distributed.tensor', 'tqdm',
+                               'train', 'kit'])
 
 
 def _be_rank(rank, n, port, cwd, argv, hook, env):
@@ -109,8 +110,9 @@ class Ranks:
     def __init__(self, n, *argv, cwd, hook='', env=None):
         self.cwd, port = Path(cwd), free_port()
         self.all = [_ranks.Process(target=_be_rank, args=(r, n, port, cwd, argv, hook, env or {})) for r in range(n)]
-        for process in self.all:
-            process.start()
+        with mock.patch.dict(os.environ, PYTHONPATH=f'{REPO}:{REPO / "tests"}'):  # the first start starts the server
+            for process in self.all:
+                process.start()
 
     def wait(self, seconds=300, ranks=None):
         """Return [(exit status, stdout, stderr) of each rank], None for one that has not ended by then.
