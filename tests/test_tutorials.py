@@ -51,7 +51,7 @@ LINES = [
     # WHY42
     Line(5, 'python data/shakespeare_char/prepare.py', '',
          (*PREPARED, r"^all the unique characters: $\n^ !\$&',-\.3:;\?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmno")),
-    Line(6, 'python train.py config/train_shakespeare_char.py', f'--device=cpu {FEW}', TRAINED),
+    Line(6, 'python train.py config/train_shakespeare_char.py', f'--device=cpu {FEW} {TINY}', TRAINED),
     Line(7, f'python train.py config/train_shakespeare_char.py {CPU}', FEW, TRAINED),
     Line(7, f'python train.py config/train_shakespeare_char.py config/gpt2_classic.py {CPU}', FEW,
          (*TRAINED, '^number of parameters: 0.80M$')),
@@ -85,7 +85,7 @@ LINES = [
     Line(21, 'python data/shuixu_full/prepare.py', '', PREPARED, gpt2=True),
     Line(21, 'python train.py config/train_shuixu_full.py --batch_size=64 --block_size=256 --n_layer=6 --n_head=6 '
          '--n_embd=384', f'--device=cpu {FEW} {TINY}', TRAINED, gpt2=True),
-    Line(22, 'python train.py config/train_shuixu_full.py', f'--device=cpu {FEW}', TRAINED, gpt2=True),
+    Line(22, 'python train.py config/train_shuixu_full.py', f'--device=cpu {FEW} {TINY}', TRAINED, gpt2=True),
     Line(22, f'python sample.py --out_dir=out-shuixu-full --start="{WU_SONG}"', f'--device=cpu {SHORT}',
          ('^武松道:“不要问,只管用瓢舀来吃酒。',), gpt2=True),  # every character is in GPT-2's vocabulary
     Line(23, 'python data/chucknorris/prepare.py', '', PREPARED, gpt2=True),
@@ -110,7 +110,7 @@ LINES = [
          (r'^step 2: train loss .*no better for 2 of 5 evaluations$',), gpt2=True),
     Line(33, 'python data/tinystories/prepare.py --input=TinyStories-train.txt --val_input=TinyStories-valid.txt '
          '--num_proc=2', '', PREPARED, gpt2=True),
-    Line(35, 'python train.py config/train_tinystories.py', f'--device=cpu {FEW} --n_embd=32', TRAINED, gpt2=True),
+    Line(35, 'python train.py config/train_tinystories.py', f'--device=cpu {FEW} {TINY}', TRAINED, gpt2=True),
     Line(36, 'python sample.py --out_dir=out-tinystories --temperature=0.7 --top_k=50', f'--device=cpu {SHORT}',
          ('^-{15}$',), gpt2=True),
     # DIARY
@@ -138,7 +138,7 @@ LINES = [
     Line(53, 'python data/text/prepare.py --show="你好 Hello World!" --tokenizer=gpt2', '',
          (r'^ +\d+  part of a character, bytes', '^decoded again: 你好 Hello World!$'), gpt2=True),
     Line(54, 'python data/chinese/prepare.py', '', PREPARED, gpt2=True),
-    Line(54, 'python train.py config/train_chinese.py', f'--device=cpu {FEW} --n_embd=32', TRAINED, gpt2=True),
+    Line(54, 'python train.py config/train_chinese.py', f'--device=cpu {FEW} {TINY}', TRAINED, gpt2=True),
     Line(54, 'python train.py config/finetune_chinese.py', f'--device=cpu {FEW} --block_size=16', TRAINED, gpt2=True),
     Line(54, 'python sample.py --out_dir=out-chinese --start="中国"', f'--device=cpu {SHORT}', ('^中国',), gpt2=True),
     # what a reader meets without a network
@@ -190,6 +190,9 @@ huggingface_hub.hf_hub_download = hf_hub_download
 from lib.text import sources
 for text in (sources.BOLUOJING, sources.SHUIXU, sources.SHUIXU_FULL):
     text.least = 1000  # the stand-ins are short
+from lib.training import curves
+curves.draw_loss = lambda out_dir: None  # a picture takes longer than these runs; plot.py draws one
+os.fsync = os.fstat  # as in conftest.py
 from lib.weights import gpt2
 gpt2.check_connection = lambda *address: None
 gpt2.SIZES = dict.fromkeys(gpt2.SIZES, dict(n_layer=1, n_head=2, n_embd=16))
@@ -225,12 +228,12 @@ def texts():
     raw = 'https://raw.githubusercontent.com/'
     why42 = raw + 'drriguz/nanoGPT/master/data/{}/input.txt'
     letters = "\n !$&',-.3:;?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
-    plays = letters + 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 150
+    plays = letters + 'First Citizen:\nBefore we proceed any further, hear me speak.\n\nAll:\nSpeak, speak.\n\n' * 60
     classic = ['人之初', '性本善', '养不教', '父之过', '记其事', '要其终'] * 64
     sutra = '如是我闻：一时，佛在舍卫国祇树给孤独园，与大苾刍众千二百五十人俱。般若波罗蜜多。\n'
     novel = '宋江武松道：“不要问，只管用瓢舀来吃酒。贩枣的客人那里，买三五斤枣来，一发算钱。”竟抢先要下山去, 且说。\n'
     pages = [f'Once upon a time there was a cat named Tom{i}.' for i in range(100)]
-    pages[19::20] = [page * 90 for page in pages[19::20]]  # every twentieth validates: longer than GPT-2's context
+    pages[99] *= 90  # every twentieth validates: together longer than GPT-2's context
     return {
         raw + 'karpathy/char-rnn/master/data/tinyshakespeare/input.txt': plays,
         why42.format('sanzijing_char'): '\n'.join(classic[:380]), why42.format('boluojing_char'): sutra * 60,
@@ -254,7 +257,7 @@ def results(tmp_path_factory):
     stories = '\n<|endoftext|>\n'.join(f'Once upon a time there was a cat named Tom{i}.' for i in range(150))
     rows = [{'title': f'问题{i}', 'desc': '', 'answer': f'回答{i}'} for i in range(300)]
     for name, text in {'TinyStories-train.txt': stories, 'TinyStories-valid.txt': stories[:2000],
-                       'data/chinese/input.txt': '中国人说中国话。今天天气真好。\n' * 300,
+                       'data/chinese/input.txt': '中国人说中国话。今天天气真好。\n' * 60,
                        'baike.json': '\n'.join(json.dumps(row, ensure_ascii=False) for row in rows)}.items():
         (clone / name).write_text(text, encoding='utf-8')
     (folder / 'answers.json').write_text(json.dumps(texts()), encoding='utf-8')
