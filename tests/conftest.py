@@ -16,6 +16,7 @@ import torch
 REPO = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(REPO))
 torch.set_num_threads(1)  # tiny models; threads only wait for each other
+os.fsync = os.fstat  # no test cuts the power; a run of six updates would wait for the disk 18 times
 os.environ.setdefault('OMP_NUM_THREADS', '1')  # in the processes that tests start
 if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
     os.environ.setdefault('TIKTOKEN_CACHE_DIR', str(shared))  # GPT-2's BPE file, on machines without a network
@@ -23,6 +24,19 @@ if (shared := REPO.parent / 'shared' / 'tiktoken').is_dir():
 TINY = ('--device=cpu --dtype=float32 --n_layer=2 --n_head=2 --n_embd=16 --block_size=8 --batch_size=4 '
         '--gradient_accumulation_steps=1 --max_iters=6 --eval_interval=4 --eval_iters=2 --warmup_iters=2 '
         '--learning_rate=1e-2 --dataset=tiny').split()  # the last of several equal flags wins
+
+# The files that take longest, in seconds of CPU time. They come first, so that two processes end at the same time.
+LONGEST = ('test_distributed.py test_tutorials.py test_train.py test_plan.py test_readme.py test_sweep.py test_play.py '
+           'test_preflight.py test_masks.py test_hostile.py').split()
+
+
+def pytest_configure(config):
+    config.option.loadscopereorder = False  # pytest-xdist would begin with the files that have most tests
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: (*LONGEST, item.path.name).index(item.path.name))
+
 
 
 class Outcome:

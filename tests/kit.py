@@ -92,6 +92,7 @@ def _be_rank(rank, n, port, cwd, argv, hook, env):
     for fd, name in ((1, 'out'), (2, 'err')):
         os.dup2(os.open(f'rank{rank}.{name}', os.O_WRONLY | os.O_CREAT | os.O_TRUNC), fd)
     torch.set_num_threads(1)
+    os.fsync = os.fstat  # as in conftest.py
     sys.modules['matplotlib'] = None  # a picture takes longer than these runs
     sys.argv = [str(a) for a in argv]
     exec(hook, {'rank': rank})

@@ -76,7 +76,11 @@ def begin_loop(*args):
     begin(*args)
 guard.Guard.__init__ = begin_loop
 """
-AT_BATCH = IN_THE_LOOP + """
+ASK_SHORTLY = """
+from lib.machine import distributed
+distributed.unresponsive_ranks.__defaults__ = (0.3,)  # seconds; a rank that has ended never answers
+"""
+AT_BATCH = ASK_SHORTLY + IN_THE_LOOP + """
 import os, signal
 from lib.text import dataset
 import torch
@@ -377,7 +381,7 @@ def test_a_rank_that_raises_is_named_and_ends_the_others(workdir):  # fault 49
 
 
 def test_a_stopped_rank_ends_the_others_at_the_timeout(workdir):  # fault 50
-    outcomes = two(workdir, '--dist_timeout=8', wait_for=1, hook=at_batch(5, 1, 'os.kill(os.getpid(), signal.SIGSTOP)'))
+    outcomes = two(workdir, '--dist_timeout=5', wait_for=1, hook=at_batch(5, 1, 'os.kill(os.getpid(), signal.SIGSTOP)'))
     assert outcomes[0][0] == 1 and 'not responding: 1.' in outcomes[0][2] and 'Traceback' not in outcomes[0][2]
 
 
@@ -402,7 +406,7 @@ def test_a_save_that_fails_on_rank_0_ends_no_run_before_the_last_one(workdir):  
 
 def test_a_rank_without_the_data_reports_it_and_the_others_end(workdir):  # fault 53
     hide = "import os\nif rank == 1:\n    os.makedirs('elsewhere', exist_ok=True); os.chdir('elsewhere')\n"
-    outcomes = two(workdir, '--dist_timeout=3', hook=hide)
+    outcomes = two(workdir, '--dist_timeout=3', hook=ASK_SHORTLY + hide)
     assert outcomes[1][0] == 2 and 'error: rank 1: no dataset data/tiny' in outcomes[1][2]
     assert outcomes[0][0] == 1 and 'rank 0: lost the connection to other ranks' in outcomes[0][2]
 

@@ -5,11 +5,11 @@ The page itself is tested in a browser, in test_play_browser.py.
 import base64
 import contextlib
 import http.client
+import io
 import json
 import os
 import re
 import socket
-import subprocess
 import sys
 import threading
 import time
@@ -254,20 +254,20 @@ def test_attention_is_shown_for_as_many_tokens_as_the_model_reads(play, folder):
     assert len(answer['tokens']) == 8 and answer['left_out'] == 16
 
 
-def test_the_conversation_is_that_of_sample_pys_chat(play, folder):
+def test_the_conversation_is_that_of_sample_pys_chat(play, folder, run, monkeypatch):
     write_run(folder / 'out', chat=MARKS, block_size=64)
     played, turns = play('out'), []
     asked = ['c', 'e人', 'h', 'gg']
-    done = subprocess.run([sys.executable, str(REPO / 'sample.py'), '--chat', '--device=cpu', '--dtype=float32',
-                           '--max_new_tokens=12', '--seed=5'], input='\n'.join(asked), capture_output=True, text=True,
-                          encoding='utf-8')
+    typed = io.TextIOWrapper(io.BytesIO('\n'.join(asked).encode('utf-8')), encoding='utf-8')
+    monkeypatch.setattr(sys, 'stdin', typed)
+    done = run('sample.py', '--chat', '--device=cpu', '--dtype=float32', '--max_new_tokens=12', '--seed=5')
     answers = []
     for question in asked:
         turns.append(['user', question])
         lines = played.ask('chat', turns=turns, seed=5, max_new_tokens=12, temperature=0.8, top_k=200)
         answers.append(''.join(line.get('text', '') for line in lines))
         turns.append(['assistant', answers[-1]])
-    assert done.returncode == 0 and ''.join(answer + '\n' for answer in answers) == done.stdout.removesuffix('\n')
+    assert done.status == 0 and ''.join(answer + '\n' for answer in answers) == done.out.removesuffix('\n')
 
 
 def test_a_model_without_dialogue_marks_has_no_conversation(play, folder):

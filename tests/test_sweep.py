@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -45,6 +46,10 @@ GRID = [*[flag for flag in TINY if 'n_embd' not in flag and 'max_iters' not in f
 def stand_in(workdir, monkeypatch):
     (workdir / 'stand_in.py').write_text(STAND_IN, encoding='utf-8')
     monkeypatch.setattr(sweep, 'TRAIN', workdir / 'stand_in.py')
+
+    def sleep(seconds):  # a stand-in ends at once unless it waits
+        time.sleep(seconds if 'WAIT' in os.environ else seconds / 10)
+    monkeypatch.setattr(sweep, 'time', SimpleNamespace(**{**vars(time), 'sleep': sleep}))
 
 
 def rows(folder='out-sweep'):
