@@ -4,6 +4,7 @@ import math
 import random
 import re
 import time
+from types import SimpleNamespace
 
 import pytest
 import reference
@@ -308,6 +309,12 @@ def test_an_evaluation_that_is_no_better_leaves_ckpt_as_it_is(run, workdir):
     assert [load(f'out/{name}.pt')['iter_num'] for name in ('ckpt', 'last')] == [0, 4]
 
 
+def test_the_vocabulary_of_gpt2_is_padded():
+    shape = dict(block_size=4, n_layer=1, n_head=1, n_embd=4)
+    model = train.build_model(shape, SimpleNamespace(tokenizer={'kind': 'gpt2'}), None)
+    assert model.config.vocab_size == 50304
+
+
 def test_only_float16_scales_the_loss(run, trained):
     assert load('out/last.pt')['scaler'] == {}
 
@@ -420,6 +427,7 @@ def test_the_minutes_before_a_resume_count(run, workdir, clock):
     done = run('train.py', *TIMED, '--max_minutes=2', '--init_from=resume')
     assert 'resuming from iter 10' in done.out and load('out/last.pt')['iter_num'] == 20, done.err
     assert load('out/last.pt')['minutes'] == pytest.approx(2.0)
+    assert f'{cosine(9 / 10):.3g} in the last update, {cosine(10 / 20):.3g} in the next' in done.out
     assert rates()[10:] == pytest.approx([cosine(i / 20) for i in range(10, 20)])
 
 
