@@ -1,4 +1,5 @@
 """lib/text/advice.py: what prepare tells a reader about a text and its tokens."""
+from types import SimpleNamespace
 
 from lib.text import advice, tokenizer
 
@@ -65,6 +66,9 @@ def test_the_command_to_type_next_is_the_datasets_config_or_one_that_fits_the_sm
     counts = {'train': 900, 'val': 100}
     assert advice.train_command('x', ['train_x.py', 'finetune_x.py'], CHARS('ab'), counts) == (
         'python train.py config/train_x.py')
+    gpt2, both = SimpleNamespace(kind='gpt2'), ['train_x.py', 'finetune_x.py']
+    assert advice.train_command('x', both, gpt2, counts).endswith('config/finetune_x.py')  # of few tokens
+    assert advice.train_command('x', both, gpt2, {'train': 2_000_000, 'val': 100}).endswith('config/train_x.py')
     assert advice.train_command('x', [], CHARS('ab'), counts).endswith('--out_dir=out-x --block_size=64')
     assert '--block_size' not in advice.train_command('x', [], CHARS('ab'), {'train': 900, 'val': 257})
 

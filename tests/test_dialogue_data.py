@@ -147,8 +147,14 @@ def test_answers_in_a_batch_are_those_of_one_prompt_at_a_time():
     torch.manual_seed(0)
     model = GPT(GPTConfig(block_size=40, vocab_size=256, n_layer=1, n_head=2, n_embd=16)).eval()
     prompts = [list(b'Q:\na\n\nA:\n'), list(b'Q:\nb\n\nA:\n')]
-    together = SCORE['answers'](model, ByteTokenizer(), prompts, '\n\n', 'cpu')
-    assert together == [SCORE['answers'](model, ByteTokenizer(), [prompt], '\n\n', 'cpu')[0] for prompt in prompts]
+    together = SCORE['answers'](model, ByteTokenizer(), prompts, '\n\n', 'cpu', 9)
+    assert together == [SCORE['answers'](model, ByteTokenizer(), [prompt], '\n\n', 'cpu', 9)[0] for prompt in prompts]
+
+
+def test_an_answer_is_cut_once_it_is_longer_than_the_right_one():
+    model = GPT(GPTConfig(block_size=64, vocab_size=256, n_layer=1, n_head=1, n_embd=4))
+    answer, = SCORE['answers'](model, ByteTokenizer(), [[65]], '\n\n', 'cpu', 9)
+    assert len(ByteTokenizer().encode(answer)) <= 9
 
 
 def test_the_score_counts_by_task_and_language(run, tmp_path, monkeypatch, rows):

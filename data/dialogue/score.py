@@ -44,13 +44,16 @@ def questions(dialogues):
 
 
 @torch.inference_mode()
-def answers(model, tok, prompts, end, device):
-    """Return the model's answers, up to the end mark, to prompts (B lists of ids of one length), by greedy choice."""
+def answers(model, tok, prompts, end, device, most):
+    """Return the model's answers, up to the end mark, to prompts (B lists of ids of one length), by greedy choice.
+
+    most: tokens to write; an answer that is longer is cut.
+    """
     idx = torch.tensor(prompts, device=device)  # (B, T)
     cache, rows = KVCache(model.config, len(prompts), device, model.dtype), []
     if idx.size(1) > model.config.block_size:
         return [''] * len(prompts)  # the model cannot read the question
-    for _ in range(min(64, model.config.block_size - idx.size(1) + 1)):
+    for _ in range(min(most, model.config.block_size - idx.size(1) + 1)):
         logits, _ = model(idx, cache=cache)
         idx = logits[:, -1, :tok.vocab_size].argmax(-1, keepdim=True)  # (B, 1)
         rows.append(idx)
@@ -72,7 +75,8 @@ def main(argv=None):
         by_length.setdefault(len(ids), []).append((f'{task:<9}{language}', question, truth, ids))
     print(f'asking {sum(map(len, by_length.values())):,} questions', flush=True)
     for group in log.progress(by_length.values(), len(by_length), 'lengths of questions'):
-        found = answers(model, tok, [ids for *_, ids in group], marks['end'], settings['device'])
+        most = 2 + max(len(tok.encode(truth + marks['end'])) for _, _, truth, _ in group)  # longer ones are wrong
+        found = answers(model, tok, [ids for *_, ids in group], marks['end'], settings['device'], most)
         for (kind, question, truth, _), answer in zip(group, found, strict=True):
             asked[kind] += 1
             right[kind] += answer == truth

@@ -38,10 +38,12 @@ def train_command(name, configs, tokenizer, counts):
     """Return the command to type after prepare.
 
     configs: names of the config files made for this dataset, the best one first. counts: {split: number of tokens}.
+    Of few tokens GPT-2's vocabulary is not learned from scratch: then one that fine-tunes comes first.
     """
-    if configs:
-        return f'python train.py config/{configs[0]}'
     few = tokenizer.kind == 'gpt2' and sum(counts.values()) < FEW_TOKENS
+    if configs:
+        best = next((name for name in configs if few and name.startswith('finetune')), configs[0])
+        return f'python train.py config/{best}'
     config, context = ('finetune_shakespeare.py', 128) if few else ('train_shakespeare_char.py', 256)
     command = f'python train.py config/{config} --dataset={name} --out_dir=out-{name}'
     longest = min(counts.values()) - 1
