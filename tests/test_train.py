@@ -293,6 +293,15 @@ def test_the_runtime_is_told_that_it_is_to_train(run, workdir, monkeypatch):
     assert told == [True]
 
 
+def test_the_logged_loss_is_the_mean_of_an_updates_micro_batches(run, workdir, windows):
+    run('train.py', *TINY, '--max_iters=2', '--learning_rate=0', '--gradient_accumulation_steps=2')
+    model, data = GPT(GPTConfig(**load('out/last.pt')['model_args'])), open_dataset('tiny', 8).train
+    model.load_state_dict(load('out/last.pt')['model'])
+    batches = [data.batch(torch.tensor(starts).numpy(), length) for starts, length in list(windows)]
+    losses = [model(*batch)[1].item() for batch in batches]
+    assert [r['loss'] for r in updates()] == pytest.approx([sum(losses[:2]) / 2, sum(losses[2:]) / 2], abs=1e-5)
+
+
 def test_weight_decay_follows_the_epochs_that_the_run_will_have(run, workdir, monkeypatch):
     found = []
     monkeypatch.setattr('lib.training.optim.decay_for_epochs', lambda decay, each, epochs, tokens: found.append(
@@ -466,7 +475,7 @@ def test_max_iters_is_the_schedule_and_max_minutes_only_a_limit_where_both_are_f
 def test_the_eta_is_the_nearer_of_both_limits(run, workdir, clock):
     def etas(*flags):
         return re.findall(r'eta (\w+)', run('train.py', *TIMED, *flags).out)
-    assert etas('--max_minutes=0.5', '--max_iters=10000000')[0] == '30s'
+    assert etas('--max_minutes=0.5', '--max_iters=10000000')[:3] == ['30s', '24s', '18s']  # an update takes 6
     assert etas('--max_minutes=1000', '--max_iters=3')[2] == '0s'
 
 
