@@ -288,7 +288,7 @@ def main(signals):
     tok = tokenizer.from_spec(data.tokenizer) if sample_interval else None
     peak_flops = devices.peak_flops(rt, peak_tflops)
     guard, bar = Guard(rt, scaler, out_dir, p.iter_num), log.progress_bar(100, show=rt.is_master)
-    saver, minutes_before, status = Saver(rt, out_dir, lock, p.iter_num, say, warn), p.minutes, 0
+    saver, minutes_before, status, eighth = Saver(rt, out_dir, lock, p.iter_num, say, warn), p.minutes, 0, 0
     elapsed, updates, tokens = 0.0, 0, 0  # since the last printed line; seconds without evaluation and saving
 
     def minutes_now():
@@ -312,8 +312,7 @@ def main(signals):
     rt.interrupted = lambda: signals.level > 1
     with signals.held():
         while True:
-            # every rank follows the same clock and the same signal
-            p.minutes, signal = rt.all_reduce_max(minutes_now(), signals.level)
+            p.minutes, signal = rt.all_reduce_max(minutes_now(), signals.level)  # the same on every rank
             fraction = run_fraction(p.iter_num, p.minutes, by_clock)  # of the run; 1 or more: it is over
             out_of_patience = 0 < patience <= curves.evaluations_since_best(p.history)
             last = fraction >= 1 or out_of_patience or 0 < max_minutes <= p.minutes
@@ -323,7 +322,7 @@ def main(signals):
                     '--patience, whichever ended the run')
 
             # once in a while: evaluate, sample, save
-            due = p.iter_num % eval_interval == 0 or (by_clock and len(p.history) <= int(8 * fraction))
+            due = p.iter_num % eval_interval == 0 or (by_clock and max(len(p.history), eighth + 1) <= int(8 * fraction))
             ending = signal > 1  # save at once, without an evaluation: a cluster may not wait
             if (due or last) and not evaluated and not ending:
                 line, record = evaluate(compiled_model, raw_model, rt, data, p, guard, last, say)
@@ -339,6 +338,7 @@ def main(signals):
                          f'is iter {curves.best_step(p.history)}{", in ckpt.pt" * (not always_save_checkpoint)}')
                 better, p.best_val_loss = record['val_loss'] < p.best_val_loss, min(record['val_loss'], p.best_val_loss)
                 save(as_best=better or always_save_checkpoint, required=last, wait=False)
+                eighth = int(8 * rt.all_reduce_max(run_fraction(p.iter_num, minutes_now(), by_clock))[0])
             if last and (evaluated or not ending):
                 break
             if signal:

@@ -461,6 +461,18 @@ def test_a_run_by_the_clock_evaluates_at_each_eighth_of_it(run, workdir, clock, 
     assert steps == [-(-eighth * 10 * minutes // 8) for eighth in range(9)]
 
 
+def test_slow_evaluations_leave_time_to_train_between_them(run, workdir, clock, monkeypatch):
+    real = dataset.Split.batch
+
+    def batch(self, *args):  # an evaluation reads four, and so takes a quarter of the time
+        clock.n_updates += 0 if torch.is_grad_enabled() else 10
+        return real(self, *args)
+    monkeypatch.setattr(dataset.Split, 'batch', batch)
+    run('train.py', *TIMED, '--max_minutes=16')
+    steps = [step for step, *_ in load('out/last.pt')['history']]
+    assert steps == [0, 20, 40, 41]  # at 41 the time is over
+
+
 def test_a_run_by_updates_evaluates_at_its_interval_only(run, workdir, clock):
     run('train.py', *TIMED, '--max_minutes=4', '--max_iters=12')
     assert [step for step, *_ in load('out/last.pt')['history']] == [0, 12]
