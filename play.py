@@ -10,6 +10,7 @@ address. The connection is not encrypted, so use that on a network you trust. Ct
 """
 import os
 import secrets
+import socket
 import sys
 import threading
 import webbrowser
@@ -84,6 +85,25 @@ def listen(site, given):
 def address_of(site, server):
     """Return the address to open in a browser."""
     name = {'0.0.0.0': 'localhost', '::': 'localhost'}.get(host, f'[{host}]' if ':' in host else host)
+    return url(name, site, server)
+
+
+def address_elsewhere(site, server):
+    """Return the address to open on another machine, '' if `host` is not one that stands for all networks."""
+    outside = {'0.0.0.0': '192.0.2.1', '::': '2001:db8::1'}.get(host)  # addresses that nobody has
+    if not outside:
+        return ''
+    try:
+        with socket.socket(server.address_family, socket.SOCK_DGRAM) as probe:
+            probe.connect((outside, 9))  # sends nothing: it only chooses the interface
+            name = probe.getsockname()[0]
+    except OSError:  # no network
+        name = socket.gethostname()
+    return url(f'[{name}]' if ':' in name else name, site, server)
+
+
+def url(name, site, server):
+    """Return the page's address on the host `name`, with the token if there is one."""
     return f'http://{name}:{server.server_port}/' + (f'?token={site.token}' if site.token else '')
 
 
@@ -128,6 +148,8 @@ def main(argv=None):
 def serve(site, server):
     """Print the address, open it in the browser, and serve until Ctrl-C."""
     print(f'open {address_of(site, server)}', flush=True)
+    if address := address_elsewhere(site, server):
+        print(f'on another computer: {address}', flush=True)
     if 'COLAB_RELEASE_TAG' in os.environ:
         print('in a notebook, %run play.py ... shows the page below the cell; !python play.py ... cannot')
     elif os.environ.get('SSH_CONNECTION'):

@@ -677,6 +677,27 @@ def test_it_prints_an_address_with_a_token_only_where_others_can_reach_it(run, f
     assert done.status == 0 and re.search(rf'(?m)^open {address}', done.out), done.err
 
 
+@pytest.mark.parametrize('flag, own', [('--host=0.0.0.0', r'http://192\.168\.7\.8:\d+/'), ('--host=127.0.0.1', None)])
+def test_the_address_for_other_computers_is_printed_if_they_can_reach_it(run, folder, monkeypatch, flag, own):
+    write_run(folder / 'out')
+    monkeypatch.setattr(server.Server, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(socket.socket, 'connect', lambda self, address: None)
+    monkeypatch.setattr(socket.socket, 'getsockname', lambda self: ('192.168.7.8', 1234))
+    done = run('play.py', '--open=False', '--device=cpu', '--port=0', flag)
+    found = re.search(r'(?m)^on another computer: (.*)$', done.out)
+    assert bool(found) == bool(own) and (not own or re.fullmatch(own + r'\?token=[\w-]{22}', found[1])), done.out
+
+
+def test_without_a_network_the_address_for_other_computers_has_this_ones_name(run, folder, monkeypatch):
+    def unreachable(self, address):
+        raise OSError('Network is unreachable')
+    write_run(folder / 'out')
+    monkeypatch.setattr(server.Server, 'serve_forever', lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(socket.socket, 'connect', unreachable)
+    done = run('play.py', '--open=False', '--device=cpu', '--port=0', '--host=0.0.0.0')
+    assert f'on another computer: http://{socket.gethostname()}:' in done.out
+
+
 def test_in_a_notebook_the_page_is_shown_below_the_cell(folder):
     pytest.importorskip('nbclient')
     import nbformat
