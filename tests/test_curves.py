@@ -229,6 +229,10 @@ def test_the_whole_split_and_the_best_of_the_fixed_windows_have_different_labels
     assert 'best val loss 2.4000 at iter 15; last model, whole split: 2.4500\n' in plot.summary(run)
 
 
+def test_the_pale_curve_is_called_what_it_is_as_only_every_nth_update_is_logged(tmp_path):
+    assert 'train, logged updates' in labels(loss_axes([curves.read_run(write_run(tmp_path / 'a', FALL))]))
+
+
 def test_the_whole_split_is_in_bits_where_the_curves_are(tmp_path):
     runs = [curves.read_run(write_run(tmp_path / name, FALL, bits=bits, whole=2.5)) for name, bits in
             (('chars', 1.44), ('words', 0.4))]

@@ -236,7 +236,7 @@ def draw_curves(ax, run, axis, bits, alone, train_color, val_color):
     train_scale = bits_per_nat(run, 'train') or scale if bits else 1.0
     if alone:
         xs, ys = series(run.updates, x_update, 'loss')
-        ax.plot(xs, ys, color=train_color, alpha=0.4, linewidth=0.8, label='train, each update')
+        ax.plot(xs, ys, color=train_color, alpha=0.4, linewidth=0.8, label='train, logged updates')
         low += ys
         high.append(y_limit(xs, smooth(ys)))
     xs, train = series(run.evals, x_eval, 'train_loss')
