@@ -144,7 +144,8 @@ def main(argv=None):
         write_json(folder / 'tokenizer_spec.json', tok.spec)  # what this program reads
         with atomic_write(folder / 'model.safetensors') as temporary:
             save_file(hf_tensors(model), temporary, metadata={'format': 'pt'})
-        write_json(folder / 'chat.json', marks)  # likewise; null for a model of text
+        if marks:
+            write_json(folder / 'chat.json', marks)  # likewise
         try:
             write_tokenizer(tok, folder, marks)
         except (UserError, ImportError) as error:  # the model can be used without them

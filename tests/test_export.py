@@ -52,6 +52,10 @@ def test_import_undoes_export(exported):
     assert all(torch.equal(p, q) for p, q in zip(back.parameters(), model.parameters()))
 
 
+def test_a_model_of_text_has_no_file_of_dialogue_marks(exported):
+    assert 'chat.json' not in exported()[0].out and not Path('out/hf/chat.json').exists()
+
+
 def test_a_bias_that_was_left_out_comes_back_as_zero(exported):
     model = exported(bias=False)[1].state_dict()
     back = gpt2.find('out/hf').load().state_dict()
