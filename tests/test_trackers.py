@@ -210,6 +210,16 @@ def test_without_wandb_log_the_package_is_never_imported(run, workdir, monkeypat
     assert run('train.py', *TINY).err == ''
 
 
+@pytest.mark.parametrize('name, modules', [('wandb', ['wandb']),
+                                           ('tensorboard', ['tensorboard', 'torch.utils.tensorboard'])])
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path, capsys, name, modules):
+    for module in modules:
+        monkeypatch.setitem(sys.modules, module, None)
+    flags = {'wandb_log': False, 'wandb_project': 'x', 'wandb_run_name': 'x', 'tensorboard_log': False}
+    trackers.open_trackers({**flags, f'{name}_log': True}, tmp_path)
+    assert f'; pip install {name}' in capsys.readouterr().err
+
+
 @pytest.mark.parametrize('enabled', [True, False])
 def test_only_an_enabled_rank_opens_a_service(monkeypatch, tmp_path, enabled):
     opened = []

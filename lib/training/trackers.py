@@ -25,7 +25,8 @@ def open_trackers(settings, out_dir, wandb_id='', step=0, enabled=True):
             return call(*arguments)
         except (Exception, SystemExit) as error:
             services.pop(name, None)
-            hint = '; in China SwanLab can replace it, see README.zh.md' if name == 'wandb' else ''
+            install = f'; pip install {name}' if isinstance(error, ImportError) else ''
+            hint = install + '; in China SwanLab can replace it, see README.zh.md' * (name == 'wandb')
             warn(f'{name} is off and training continues without it; log.jsonl has the numbers ({reason(error)}){hint}')
 
     for name, opener in openers.items():
