@@ -282,8 +282,15 @@ def test_runs_on_different_validation_data_in_nats_are_noted(run, tmp_path, monk
     assert len(lines) == 1 and lines[0].startswith('note: a, b were evaluated on different validation data')
 
 
-@pytest.mark.parametrize('bits, data', [(1.44, '1234'), (0.4, '5678'), (1.44, None)],
-                         ids=['same data', 'compared in bits', 'an old log'])
+def test_runs_on_different_validation_data_in_bits_are_noted_since_their_texts_may_differ(tmp_path):
+    runs = [curves.read_run(write_run(tmp_path / 'a', FALL, data='1234')),
+            curves.read_run(write_run(tmp_path / 'b', FALL, data='5678', bits=0.4))]
+    note = curves.comparison_note(runs)
+    assert 'a, b' in note and 'bits per byte' in note and 'only if their validation texts are the same' in note
+
+
+@pytest.mark.parametrize('bits, data', [(1.44, '1234'), (1.44, None), (0.4, None)],
+                         ids=['same data', 'an old log', 'an old log in bits'])
 def test_runs_that_can_be_compared_are_not_noted(tmp_path, bits, data):
     runs = [curves.read_run(write_run(tmp_path / 'a', FALL, data='1234')),
             curves.read_run(write_run(tmp_path / 'b', FALL, data=data, bits=bits))]

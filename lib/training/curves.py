@@ -98,10 +98,13 @@ def use_bits(runs):
 
 
 def comparison_note(runs):
-    """Return a line if the runs are compared in nats per token although their validation data differ, else ''."""
+    """Return a line on what can be compared if the validation data of the runs differ, else ''."""
     data = {run.name: next((r['val_data'] for r in reversed(run.evals) if r.get('val_data')), None) for run in runs}
-    if use_bits(runs) or len({known for known in data.values() if known}) < 2:
+    if len({known for known in data.values() if known}) < 2:
         return ''
+    if use_bits(runs):  # the tokens differ in any case; whether the texts do, the log does not tell
+        return (f'{", ".join(data)} have different tokenizers, so they are compared in bits per byte, which is right '
+                'only if their validation texts are the same')
     return (f'{", ".join(data)} were evaluated on different validation data (another text or another tokenizer), so '
             'their losses in nats per token cannot be compared')
 
