@@ -93,6 +93,18 @@ def test_a_missing_device_is_reported(monkeypatch, name, problem):
     assert problem in found and bool(problem) == bool(found)
 
 
+@pytest.mark.parametrize('name, has_cuda, has_mps, told', [
+    ('cuda', False, False, 'device=cuda: no CUDA here; use --device=cpu'),
+    ('cuda', False, True, 'device=cuda: no CUDA here; use --device=cpu or mps'),
+    ('mps', False, False, 'device=mps: no MPS here; use --device=cpu'),
+    ('mps', True, False, 'device=mps: no MPS here; use --device=cpu or cuda'),
+    ('gpu', False, False, 'device=gpu: expected cpu, mps, cuda or cuda:N')])
+def test_only_devices_that_are_there_are_recommended(monkeypatch, name, has_cuda, has_mps, told):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: has_cuda)
+    monkeypatch.setattr(torch.backends.mps, 'is_available', lambda: has_mps)
+    assert device.device_problem(name) == told
+
+
 @pytest.mark.parametrize('name, half, full', [
     ('NVIDIA A100-SXM4-80GB', 312, 19.5), ('NVIDIA H100 80GB HBM3', 989, 67), ('NVIDIA H100 PCIe', 756, 51),
     ('NVIDIA H200', 989, 67), ('NVIDIA L4', 121, 30.3), ('NVIDIA L40S', 362, 91.6), ('Tesla T4', 65, 8.1),

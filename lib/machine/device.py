@@ -74,16 +74,16 @@ def device_problem(name):
     try:
         device = torch.device(name)
     except RuntimeError:
-        return f'device={name!r}: expected cpu, mps, cuda or cuda:N'
+        return f'device={name}: expected cpu, mps, cuda or cuda:N'
     if device.type == 'cuda' and not torch.cuda.is_available():
-        return f'device={name}: no CUDA here; use --device=cpu or mps'
+        return f'device={name}: no CUDA here; use --device=cpu' + ' or mps' * torch.backends.mps.is_available()
     if device.type == 'cuda' and (device.index or 0) >= torch.cuda.device_count():
         return f'device={name}: this machine has {torch.cuda.device_count()} CUDA devices, counted from 0'
     if device.type == 'cuda' and not has_kernels(capability := torch.cuda.get_device_capability(device),
                                                  torch.cuda.get_arch_list()):
         return f'device={name}: {no_kernels(capability)}'
     if device.type == 'mps' and not torch.backends.mps.is_available():
-        return 'device=mps: no MPS here; use --device=cpu'
+        return 'device=mps: no MPS here; use --device=cpu' + ' or cuda' * torch.cuda.is_available()
     return ''
 
 
