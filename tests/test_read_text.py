@@ -203,6 +203,7 @@ def test_an_unreachable_hub_is_reported_in_one_line(prepare, capfd, monkeypatch)
     monkeypatch.setattr(datasets, 'load_dataset', refuse)
     message = fails(capfd, lambda: prepare(dataset='x', source='hub:nobody/nothing'))
     assert 'cannot read hub:nobody/nothing: ConnectionError: no route to host' in message and '--input=PATH' in message
+    assert 'HF_ENDPOINT' in message and 'https://hf-mirror.com' in message
 
 
 @pytest.mark.parametrize('before', ['', '人' * 400_000])
@@ -219,6 +220,15 @@ def test_the_suggested_encoding_reads_the_text(prepare, tmp_path, capfd, text, c
     path = put(tmp_path / 'a.txt', ((text + '\n') * 100).encode(codec))
     assert f'--encoding={codec}' in fails(capfd, lambda: prepare(path))
     assert prepare(path, f'--encoding={codec}').whole_text == (text + '\n') * 100
+
+
+@pytest.mark.parametrize('first, second', [('gb18030', 'utf-8'), ('utf-8', 'gb18030')])
+def test_of_files_in_two_encodings_the_message_says_which_to_save_anew(prepare, tmp_path, capfd, first, second):
+    for name, codec in (('a', first), ('b', second)):
+        put(tmp_path / f'texts/{name}.txt', ('人之初，性本善。\n' * 100).encode(codec))
+    assert 'or save it as UTF-8' in fails(capfd, lambda: prepare(tmp_path / 'texts'))
+    message = fails(capfd, lambda: prepare(tmp_path / 'texts', '--encoding=gb18030'))
+    assert 'is UTF-8, not GB18030' in message and 'if other files are GB18030, save those as UTF-8' in message
 
 
 def test_a_picture_is_refused_by_name(prepare, tmp_path, capfd):

@@ -136,7 +136,8 @@ def test_all_wrong_values_are_reported_at_once(run, trained):
 def test_an_unknown_character_is_named(run, trained):
     done = run('sample.py', *SHORT, '--start=Z')
     assert done.status == 1
-    assert done.last_error == f"error: character 'Z' (U+005A) is not in this model's {len(CHARS)}-character vocabulary"
+    assert done.last_error == (f"error: character 'Z' (U+005A) is not in this model's {len(CHARS)}-character "
+                               'vocabulary; leave it out, or train on a text prepared with --tokenizer=bpe')
 
 
 def test_a_prompt_file_that_is_not_utf8_says_where(run, trained):

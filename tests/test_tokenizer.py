@@ -11,6 +11,7 @@ import pytest
 import torch
 from textkit import have_gpt2, skip_without_gpt2
 
+from configurator import UserError
 from lib.text import tokenizer
 from lib.text.tokenizer import SAFE_SPLIT, ByteTokenizer, CharTokenizer, TextError, from_spec, train_bpe
 
@@ -114,7 +115,8 @@ def test_an_unknown_kind_is_refused():
 
 
 @pytest.mark.parametrize('chars, text, message', [
-    ('：，人', 'a', r"^character 'a' \(U\+0061\) is not in this model's 3-character vocabulary$"),
+    ('：，人', 'a', r"^character 'a' \(U\+0061\) is not in this model's 3-character vocabulary; leave it out, or "
+                  'train on a text prepared with --tokenizer=bpe$'),
     ('：，人', ':', r"vocabulary; it has '：' \(U\+FF1A\)$"),
     ('abc:', '：', r"it has ':' \(U\+003A\)$"),
     ('。', '.', r"it has '。' \(U\+3002\)$"),
@@ -123,9 +125,9 @@ def test_an_unknown_kind_is_refused():
     ('abc', '\x07', r'^character U\+0007 is not'),
     ('！', '!', r"it has '！' \(U\+FF01\)$"), ('～', '~', r"it has '～' \(U\+FF5E\)$"),
     ('.', '。', r"it has '.' \(U\+002E\)$"),
-    ('hijk', 'ĳ', r'4-character vocabulary$'),  # NFKC makes two characters of it
+    ('hijk', 'ĳ', r'4-character vocabulary; leave it out'),  # NFKC makes two characters of it
     ('e\u0301', 'é', r"2-character vocabulary; the text writes it as 'e' \+ '\\u0301'$"),
-    ('e', 'é', r'1-character vocabulary$'),
+    ('e', 'é', r'1-character vocabulary; leave it out'),
 ])
 def test_an_unknown_character_is_reported_with_a_similar_one_that_is_known(chars, text, message):
     with pytest.raises(ValueError) as caught:
@@ -299,3 +301,15 @@ def test_a_model_can_be_trained_on_gpt2s_ids_without_tiktoken(monkeypatch):
     monkeypatch.setitem(sys.modules, 'tiktoken', None)
     gpt2 = from_spec({'kind': 'gpt2'})
     assert (gpt2.vocab_size, gpt2.eot) == (50257, 50256)
+
+
+def test_without_gpt2s_file_the_reason_names_the_cause_and_ends_with_it(monkeypatch):
+    def refuse(*_):
+        raise ConnectionError("HTTPSConnectionPool(host='openaipublic.blob.core.windows.net', port=443): Max retries "
+                              'exceeded with url: /gpt-2/encodings/main/vocab.bpe (Caused by NameResolutionError("'
+                              "Failed to resolve 'openaipublic.blob.core.windows.net'\"))")
+    monkeypatch.setattr(pytest.importorskip('tiktoken.load'), 'read_file_cached', refuse)
+    with pytest.raises(UserError) as told:
+        from_spec({'kind': 'gpt2'}).encode('a')
+    assert told.value.message.endswith('Reason: ConnectionError: NameResolutionError("Failed to resolve '
+                                       "'openaipublic.blob.core.windows.net'\")")

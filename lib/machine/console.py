@@ -138,6 +138,8 @@ def end_signal():
 def reason(error):
     """Return an exception in one line of at most 200 characters: its type and its message, or a UserError's message."""
     text = ' '.join(getattr(error, 'message', str(error)).split())
+    if ' (Caused by ' in text:  # requests gives the host and the cause last
+        text = text.rpartition(' (Caused by ')[2].removesuffix(')')
     text = text if len(text) <= 200 else f'{text[:200].rsplit(" ", 1)[0]} ...'
     is_users = isinstance(error, SystemExit) and hasattr(error, 'message')
     return text if is_users else f'{type(error).__name__}: {text}'

@@ -13,6 +13,7 @@ from lib.machine.files import atomic_write
 WAIT = 1.0  # seconds before the second attempt to download; doubled before the third
 CHUNK = 1 << 20  # bytes
 SLOWEST = 1000  # bytes per second; a slower download is given up after the first minute
+HUB_MIRROR = 'set HF_ENDPOINT to a mirror of the hub (in China https://hf-mirror.com)'
 RESERVE = 1 << 28  # bytes that a download leaves free on the disk
 
 

@@ -100,4 +100,5 @@ def check(label, data, codec):
     except UnicodeDecodeError:
         return
     if name.startswith(('utf-16', 'utf-32')) and '\0' not in text or sum(not char.isascii() for char in text) > 10:
-        raise UserError(f'{label} is UTF-8, not {codec.upper()}; leave --encoding out')
+        raise UserError(f'{label} is UTF-8, not {codec.upper()}; leave --encoding out, and if other files are '
+                        f'{codec.upper()}, save those as UTF-8: all files of a text have one encoding')

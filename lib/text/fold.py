@@ -4,12 +4,15 @@ A book in Chinese has '：' where a reader's keyboard has ':'. A character model
 so the prompt follows the book, as long as there is no doubt what was meant.
 """
 import re
+import unicodedata
 
 HALF = ''.join(map(chr, range(0x21, 0x7f)))  # the printable ASCII characters
 FULL = ''.join(chr(ord(char) + 0xfee0) for char in HALF)  # the same in full width, U+FF01 to U+FF5E
 TWIN = dict(zip(HALF + FULL, FULL + HALF))
 CHINESE = '\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff'  # the characters that Chinese is written with
 MARKS = ',:;?!()'  # punctuation that has the same meaning in both widths
+# characters whose usual Chinese counterpart is not their full-width form
+CHINESE_FORMS = dict(zip('."\'<>-$', '。“‘《》—￥', strict=True))
 ESCAPES = {r'\n': '\n', r'\t': '\t', r'\r': '\r'}
 
 
@@ -56,3 +59,11 @@ def unescape(text, chars):
 def unknown_character(text, chars):
     """Return the first character of `text` that the vocabulary `chars` lacks, '' if it has all of them."""
     return next((char for char in text if char not in chars), '')
+
+
+def similar_characters(char):
+    """Return characters that are easily confused with `char`: full-width, normalised and Chinese forms."""
+    full_width = chr(ord(char) + 0xFEE0) if '!' <= char <= '~' else '\u3000' if char == ' ' else ''
+    found = [full_width, unicodedata.normalize('NFKC', char), CHINESE_FORMS.get(char, '')]
+    found += [ascii for ascii, chinese in CHINESE_FORMS.items() if chinese == char]
+    return [similar for similar in found if len(similar) == 1 and similar != char]

@@ -7,7 +7,9 @@ import codecs
 from itertools import chain
 
 from configurator import UserError
+from lib.machine.console import reason
 from lib.text import containers, encodings, json_records
+from lib.text.download import HUB_MIRROR
 from lib.text.tokenizer import EOT, TextError, encoded
 
 CHUNK = 1 << 20  # characters per piece of a long text
@@ -165,9 +167,8 @@ def _hub(address, extract):
     except UserError:
         raise
     except Exception as error:  # network, hub and storage libraries each raise their own types
-        reason = (str(error).splitlines() or [''])[0]
-        raise UserError(f'cannot read {address}: {type(error).__name__}: {reason[:200]}; nothing was changed; '
-                        'try again, or give local text, JSON lines or parquet with --input=PATH') from None
+        raise UserError(f'cannot read {address}: {reason(error)}; nothing was changed; try again, {HUB_MIRROR}, or '
+                        'give local text, JSON lines or parquet with --input=PATH') from None
 
 
 def read(path, codec, keys, delimiter='', extract=None):

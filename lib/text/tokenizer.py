@@ -19,6 +19,8 @@ from functools import cached_property
 import numpy as np
 
 from configurator import UserError
+from lib.machine.console import reason
+from lib.text.fold import similar_characters
 from lib.text.schema import spec_problem
 
 EOT = '<|endoftext|>'
@@ -37,8 +39,6 @@ WHITE = np.zeros(0x110000, bool)  # code point -> does it match \s in tiktoken's
 WHITE[[*range(9, 14), 32, 0x85, 0xa0, 0x1680, *range(0x2000, 0x200b), 0x2028, 0x2029, 0x202f, 0x205f, 0x3000]] = True
 GPT2_MERGES = ('https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe',
                '1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5')  # its sha256
-# characters whose usual Chinese counterpart is not their full-width form
-CHINESE_FORMS = dict(zip('."\'<>-$', '。“‘《》—￥', strict=True))
 
 
 class TextError(UserError, ValueError):
@@ -94,14 +94,6 @@ class _Tokenizer:
         return self._ids(text).tolist()
 
 
-def _similar_characters(char):
-    """Return characters that are easily confused with `char`: full-width, normalised and Chinese forms."""
-    full_width = chr(ord(char) + 0xFEE0) if '!' <= char <= '~' else '\u3000' if char == ' ' else ''
-    found = [full_width, unicodedata.normalize('NFKC', char), CHINESE_FORMS.get(char, '')]
-    found += [ascii for ascii, chinese in CHINESE_FORMS.items() if chinese == char]
-    return [similar for similar in found if len(similar) == 1 and similar != char]
-
-
 class CharTokenizer(_Tokenizer):
     """One id per distinct character; `chars` is the vocabulary, in the order of the ids."""
 
@@ -128,11 +120,12 @@ class CharTokenizer(_Tokenizer):
     def _unknown(self, char):
         name = f"'{char}' (U+{ord(char):04X})" if char.isprintable() else f'U+{ord(char):04X}'
         message = f"character {name} is not in this model's {self.vocab_size:,}-character vocabulary"
-        for similar in filter(self.chars.__contains__, _similar_characters(char)):
+        for similar in filter(self.chars.__contains__, similar_characters(char)):
             return f"{message}; it has '{similar}' (U+{ord(similar):04X})"
         parts = unicodedata.normalize('NFD', char)
-        decomposed = len(parts) > 1 and set(parts) <= set(self.chars)
-        return f'{message}; the text writes it as {" + ".join(map(ascii, parts))}' if decomposed else message
+        if len(parts) > 1 and set(parts) <= set(self.chars):
+            return f'{message}; the text writes it as {" + ".join(map(ascii, parts))}'
+        return f'{message}; leave it out, or train on a text prepared with --tokenizer=bpe'
 
     def decode_bytes(self, ids):
         return self._code_of[_check_range(ids, self.vocab_size)].tobytes().decode('utf-32-le').encode('utf-8')
@@ -242,7 +235,7 @@ def gpt2():
         except Exception as error:  # network and file errors of several libraries
             raise UserError(f"GPT-2's BPE file could not be loaded. Go online once; or save {GPT2_MERGES[0]} as FOLDER/"
                             '6d1cbeee0f20b3d9449abfede4726ed8212e3aee and set TIKTOKEN_CACHE_DIR=FOLDER; char, byte '
-                            f'and bpe need no files. Reason: {type(error).__name__}: {str(error)[:100]}') from None
+                            f'and bpe need no files. Reason: {reason(error)}') from None
         letters, line_end = byte_letters(), chr(0x200)
         read = str.maketrans({**letters, ' ': '', '\n': line_end})
         return _encoding(tiktoken, 'gpt2', [*letters.values(), *merges.translate(read).split(line_end)[1:-1]])

@@ -10,6 +10,8 @@ import torch
 import torch.nn as nn
 
 from configurator import UserError, find_path
+from lib.machine.console import reason
+from lib.text.download import HUB_MIRROR
 from lib.text.schema import parse_json, read_json, spec_problem
 from lib.weights import int8, schema
 from lib.weights.archive import read_archive, strip_prefix
@@ -165,12 +167,11 @@ class Source:
             check_connection(constants.ENDPOINT)  # the hub's own tries take half a minute
             return hf_hub_download(f'openai-community/{self.name}', 'model.safetensors')
         except Exception as error:  # network, hub, proxy and disk have their own kinds of error
-            reason = (str(error).strip().splitlines() or [''])[0]
             raise self.error(
-                f'{self.name} is not in the cache and cannot be downloaded. Set HF_ENDPOINT to a mirror (in China '
-                'https://hf-mirror.com), or put config.json and model.safetensors of huggingface.co/openai-community/'
-                f'{self.name} into a folder and use --init_from=FOLDER (in China: modelscope download --model '
-                f'AI-ModelScope/{self.name} --local_dir FOLDER). Reason: {type(error).__name__}: {reason[:80]}'
+                f'{self.name} is not in the cache and cannot be downloaded; {HUB_MIRROR}, or put config.json '
+                f'and model.safetensors of huggingface.co/openai-community/{self.name} into a folder and use '
+                f'--init_from=FOLDER (in China: modelscope download --model AI-ModelScope/{self.name} --local_dir '
+                f'FOLDER). Reason: {reason(error)}'
             ) from None
 
     @torch.no_grad()
