@@ -1,7 +1,12 @@
 """lib/text/advice.py: what prepare tells a reader about a text and its tokens."""
 from types import SimpleNamespace
 
+import pytest
+
+import train
+from configurator import literals, resolve
 from lib.text import advice, tokenizer
+from lib.training import preflight
 
 CHARS = tokenizer.CharTokenizer
 
@@ -71,6 +76,17 @@ def test_the_command_to_type_next_is_the_datasets_config_or_one_that_fits_the_sm
     assert advice.train_command('x', both, gpt2, {'train': 2_000_000, 'val': 100}).endswith('config/train_x.py')
     assert advice.train_command('x', [], CHARS('ab'), counts).endswith('--out_dir=out-x --block_size=64')
     assert '--block_size' not in advice.train_command('x', [], CHARS('ab'), {'train': 900, 'val': 257})
+
+
+@pytest.mark.parametrize('n', range(2, 21))
+def test_the_command_for_a_short_text_passes_the_checks_of_training(n):
+    command = advice.train_command('x', [], CHARS('ab'), {'train': 9 * n, 'val': n})
+    s = resolve(literals(vars(train)), command.split()[2:], {'device': lambda: 'cpu'})
+    assert s.errors + preflight.check_values(s) == [] and s['block_size'] < n
+
+
+def test_one_token_is_shown_as_one():
+    assert advice.show_tokens('a', CHARS('ab'))[0] == 'char: 1 character, 1 byte, 1 token'
 
 
 def test_tokens_are_shown_with_their_ids_and_parts_of_characters_as_bytes():

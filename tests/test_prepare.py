@@ -313,6 +313,16 @@ def test_an_empty_text_is_refused(prepare, tmp_path, capfd):
 
 def test_one_character_cannot_be_divided(prepare, tmp_path, capfd):
     assert 'the train split is empty: 1 characters' in fails(capfd, lambda: prepare(put(tmp_path / 'a.txt', 'x')))
+    assert 'val split has one token: 10 char' in fails(capfd, lambda: prepare(put(tmp_path / 'a.txt', '0123456789')))
+
+
+def test_half_of_a_value_without_quotes_is_recognised(prepare, tmp_path, capfd):
+    path = put(tmp_path / 'a.txt', TEXT)
+    message = fails(capfd, lambda: prepare(f'--input={path}', '--name=my', 'book'))
+    assert message.endswith('--input=book: no such file or folder; if it belongs to --name=my, a value with spaces '
+                            'needs quotes: "--name=my book"')
+    assert 'quotes' not in fails(capfd, lambda: prepare(path, 'book'))
+    assert 'quotes' not in fails(capfd, lambda: prepare(f'--input={path}', 'book'))
 
 
 def test_without_a_text_the_error_says_where_to_put_it(prepare, tmp_path, capfd):

@@ -145,6 +145,11 @@ def reason(error):
     return text if is_users else f'{type(error).__name__}: {text}'
 
 
+def counted(n, noun):
+    """Return a number with its noun in the right form: 1 run, 1,200 runs."""
+    return f'{n:,} {noun}' + 's' * (n != 1)
+
+
 def print_exception(kind, error, trace):
     """Print an exception that nobody caught: one line if the machine caused it, a traceback if the program did.
 

@@ -1,4 +1,6 @@
 """What prepare tells a reader about a text besides the counts: its characters, its tokens, and what to do next."""
+from lib.machine.console import counted
+
 FEW_CHARACTERS = 200  # vocabularies below this size are printed
 FEW_TOKENS = 2_000_000  # too few to train 50,257 embeddings of GPT-2's vocabulary from scratch
 
@@ -49,6 +51,8 @@ def train_command(name, configs, tokenizer, counts):
     longest = min(counts.values()) - 1
     if longest < context:  # the largest power of two that both splits can fill
         command += f' --block_size={1 << max(0, longest.bit_length() - 1)}'
+        if longest < 4:  # short contexts are quarters of it
+            command += ' --context_warmup=0'
     return command
 
 
@@ -58,7 +62,8 @@ def show_tokens(text, tokenizer):
     A token that is only part of a character is shown as its bytes.
     """
     ids = tokenizer.encode(text)
-    lines = [f'{tokenizer.kind}: {len(text):,} characters, {len(text.encode()):,} bytes, {len(ids):,} tokens']
+    counts = ((len(text), 'character'), (len(text.encode()), 'byte'), (len(ids), 'token'))
+    lines = [f'{tokenizer.kind}: {", ".join(counted(n, noun) for n, noun in counts)}']
     for i in ids:
         data = tokenizer.decode_bytes([i])
         try:

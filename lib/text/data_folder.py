@@ -265,9 +265,9 @@ def _write(path, tokenizer, chunks, source, marks):
         if marks:
             meta['chat'] = marks
         for split, facts in meta['splits'].items():
-            if not facts['n_tokens']:
-                raise UserError(f'the {split} split is empty: {n_chars:,} characters are too few to divide; '
-                                'give more text, or change --val_fraction')
+            if facts['n_tokens'] < 2:  # a token and the next one, its target
+                raise UserError(f'the {split} split {"has one token" if facts["n_tokens"] else "is empty"}: {n_chars:,}'
+                                ' characters are too few to divide; give more text, or change --val_fraction')
             assert facts['max_id'] < tokenizer.vocab_size, (facts, tokenizer.vocab_size)
             if marks:
                 mask = writers[f'{split}.mask'].finish()

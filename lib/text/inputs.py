@@ -1,6 +1,8 @@
 """From what a user names (files, folders, globs, addresses, hub datasets) to files, with what is left out named."""
 import glob
 import os
+import re
+import sys
 from pathlib import Path
 
 from configurator import UserError, find_path
@@ -54,8 +56,16 @@ def _find_files(flag, word):
             reason = 'no text in it'
         elif glob.has_magic(str(path)):
             reason = 'the pattern matches no file'
-        raise UserError(f'--{flag}={word}: {reason}')
+        raise UserError(f'--{flag}={word}: {reason}{_in_quotes(word)}')
     return found
+
+
+def _in_quotes(word):
+    """Return advice if `word` follows another flag: --name=my book gives the name "my" and the file "book"."""
+    before = next((one for one, other in zip(sys.argv, sys.argv[1:]) if other == word), '')
+    if not re.fullmatch('--(?!(val_)?input)[a-z_]+=.+', before):
+        return ''
+    return f'; if it belongs to {before}, a value with spaces needs quotes: "{before} {word}"'
 
 
 def _everything_in(folder, left_out):
