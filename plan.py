@@ -18,6 +18,7 @@ import train
 from configurator import UserError, configure, describe, literals, resolve
 from lib.machine import cards, runtime
 from lib.machine import device as devices
+from lib.machine.console import counted
 from lib.text import dataset
 from lib.training import plan, preflight, trial
 from lib.training.log import duration, human_number
@@ -85,8 +86,8 @@ def show_size(job):
     if job.optimizer == 'muon':
         lines.append(f'{plan.muon_flops(job):.3g} per update for Muon')
     if job.max_iters:
-        lines.append(f'{plan.run_flops(job):.3g} for {job.max_iters:,} updates of {job.tokens_per_update:,.0f} tokens, '
-                     'with evaluations')
+        lines.append(f'{plan.run_flops(job):.3g} for {counted(job.max_iters, "update")} of '
+                     f'{job.tokens_per_update:,.0f} tokens, with evaluations')
     show('FLOPs', *lines)
 
 
@@ -121,11 +122,11 @@ def show_memory(job, device_type, capacity, pretrained):
     show('memory', *lines)
 
 
-def show_time(job, minutes, source, s):
+def show_time(job, device_type, minutes, source, s):
     lines = [f'{duration(minutes)} {source}']
     if s['price']:
         lines.append(f'{s["price"] * job.gpus * minutes / 60:,.2f} at {s["price"]:g} per card and hour')
-    if warning := plan.long_run_warning(minutes):
+    if warning := plan.long_run_warning(minutes, job=job, device_type=device_type):
         lines.append(warning)
     show('time', *lines)
 
@@ -190,7 +191,7 @@ def main():
     else:
         minutes, updates, source = measured(job, rt)
     if source:
-        show_time(job, minutes, source, s)
+        show_time(job, device_type, minutes, source, s)
     if not job.max_iters:
         show('updates', f'about {updates:,.0f} in {job.max_minutes:g} minutes')
     show('data', plan.data_sentence(job, updates * job.tokens_per_update))

@@ -264,6 +264,13 @@ def test_a_run_of_hours_is_warned_of_with_a_setting_that_shortens_it():
     assert '10h00m' in plan.long_run_warning(600) and '--max_minutes' in plan.long_run_warning(600)
 
 
+def test_a_large_model_on_a_gpu_is_not_advised_to_train_for_three_minutes():
+    large, small = job(GPTConfig(1024, 50304)), job(GPTConfig(8, 16, 1, 1, 8))
+    assert plan.long_run_warning(600, job=large, device_type='cuda') == ''
+    assert plan.long_run_warning(600, job=large, device_type='cpu') != ''
+    assert plan.long_run_warning(600, job=small, device_type='cuda') != ''
+
+
 def test_a_probe_leaves_weights_gradients_and_random_numbers_as_they_were():
     torch.manual_seed(0)
     model = GPT(GPTConfig(8, 16, 1, 1, 8, dropout=0.5)).train()

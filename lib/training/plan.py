@@ -13,6 +13,7 @@ from lib.weights import checkpoint, gpt2
 from model import GPT, GPTConfig
 
 CHINCHILLA = 20  # tokens per parameter for the lowest loss at a number of FLOPs (Hoffmann et al. 2022, 2203.15556)
+LARGE = 50e6  # parameters; a few minutes are no use for more
 REPEATS = 4  # epochs that are nearly as good as new text (Muennighoff et al. 2023, arXiv:2305.16264)
 CUDA_CONTEXT = 0.8e9  # bytes that CUDA, cuBLAS and loaded kernels take; about
 USABLE = 0.92  # fraction of a GPU's memory that tensors can fill before fragments are in the way
@@ -277,13 +278,17 @@ def one_line(job, seconds_per_update, n_bytes=0, updates_done=0):
     epochs = tokens / job.train_tokens if job.train_tokens else 0.0
     read = f' ({about(epochs)} epochs)' if epochs else ''
     held = f', {size(n_bytes)} of memory' if n_bytes else ''
-    return minutes, epochs, (f'plan: about {duration(minutes)} for {human_number(round(updates))} updates, '
+    noun = 'update' if round(updates) == 1 else 'updates'
+    return minutes, epochs, (f'plan: about {duration(minutes)} for {human_number(round(updates))} {noun}, '
                              f'{human_number(tokens)} tokens{read}{held}')
 
 
-def long_run_warning(minutes, limit=60):
-    """Return a warning for a run of more than `limit` minutes, naming settings that make it short; '' otherwise."""
-    if minutes <= limit:
+def long_run_warning(minutes, limit=60, job=None, device_type='cpu'):
+    """Return a warning for a run of more than `limit` minutes, naming settings that make it short; '' otherwise.
+
+    Also '' for the Job of a large model on a GPU, which is meant to be long.
+    """
+    if minutes <= limit or (job and device_type == 'cuda' and count(job.config) > LARGE):
         return ''
     return (f'this run takes about {duration(minutes)}; --max_minutes=3 in place of --max_iters trains for three '
             'minutes, config/train_shakespeare_char.py is a recipe made for that, and a smaller --n_layer, --n_embd or '

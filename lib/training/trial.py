@@ -165,5 +165,5 @@ def announce(net, batch, settings, data, model, opt, rt, updates_done, say, warn
     if decay > settings['weight_decay'] and not updates_done:
         say(f'weight decay: about {decay:.2g}, for {plan.about(epochs)} epochs '
             f'(epoch_decay={settings["epoch_decay"]:g})')
-    if not job.max_minutes and (warning := plan.long_run_warning(minutes)):
+    if not job.max_minutes and (warning := plan.long_run_warning(minutes, job=job, device_type=rt.device.type)):
         warn(warning)
