@@ -16,6 +16,7 @@ from pathlib import Path
 import train
 from configurator import UserError, configure, describe, exit_with, literals
 from lib.machine import device as devices
+from lib.machine.console import counted
 from lib.machine.cpus import usable_cpus
 from lib.machine.files import alone_in
 from lib.training import law as laws
@@ -89,7 +90,7 @@ class Progress:
         losses = [run.row['val_loss'] for run in self.runs if run.row and not run.row['error']]
         best = f', best {min(losses):.4f}' if losses else ''
         left = (time.monotonic() - self.began) * (total - done) / (done - self.before) if done > self.before else 0
-        self.bar.set_description_str(f'{sum(bool(run.row) for run in self.runs)} of {total} runs{best}, '
+        self.bar.set_description_str(f'{sum(bool(run.row) for run in self.runs)} of {counted(total, "run")}{best}, '
                                      f'{duration(left / 60)} left', refresh=False)
         self.bar.update(min(100, 100 * done / total) - self.bar.n)
 
@@ -108,7 +109,7 @@ def carry_out(runs, s):
         sweep_results.read_tsv(path)  # UserError if it is a file of another program, which must not be lost
     kept = sum(sweep.load_result(run) for run in runs)
     if kept:
-        log.say(f'{kept} of {len(runs)} runs were finished before')
+        log.say(f'{kept} of {counted(len(runs), "run")} {"was" if kept == 1 else "were"} finished before')
     progress = Progress(runs, folder / 'results.tsv')
     try:
         if s['halving'] and len({run.setting for run in runs}) > 1:
@@ -138,7 +139,8 @@ def main():
     argv, train_settings = sys.argv[1:], literals(vars(train))
     if '--help' in argv or '-h' in argv:
         print(describe(Path(__file__).read_text(encoding='utf-8'), OWN))
-        print('\n' + describe(Path(train.__file__).read_text(encoding='utf-8'), train_settings, doc='From train.py'))
+        others = {name: value for name, value in train_settings.items() if name not in OWN}
+        print('\n' + describe(Path(train.__file__).read_text(encoding='utf-8'), others, doc='From train.py'))
         return
     argv, grid = sweep.split_grid(argv, train_settings.keys() - OWN.keys())
     s = configure({**train_settings, **OWN, '__file__': __file__}, argv, early={'device': devices.pick_device},
@@ -149,7 +151,10 @@ def main():
     runs, errors = sweep.make_runs(shared_words(argv), grid, train_settings, s['out_dir'], s['jobs'], budgets)
     if errors:
         exit_with(errors)
-    print(f'{len(runs)} runs in {s["out_dir"]}')
+    print(f'{counted(len(runs), "run")} in {s["out_dir"]}')
+    if len(runs) == 1:
+        print('note: each setting has one value, so there is nothing to compare; several have commas between, as in '
+              '--n_embd=64,96')
     try:
         Path(s['out_dir']).mkdir(parents=True, exist_ok=True)
         with alone_in(s['out_dir']):

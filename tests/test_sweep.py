@@ -71,6 +71,21 @@ def test_a_comma_makes_a_grid_in_every_form_of_a_flag():
     assert grid == {'n_embd': ['64', '96'], 'muon_lr': ['0.1', '0.2']}
 
 
+def test_a_single_run_is_called_no_comparison_and_still_carried_out(run, stand_in):
+    done = run('sweep.py', *GRID[:-1], '--n_embd=16')
+    assert done.out.startswith('1 run in out-sweep\nnote: ') and 'commas' in done.out and len(rows()) == 1
+    assert '1 of 1 run was finished before' in run('sweep.py', *GRID[:-1], '--n_embd=16').out
+
+
+def test_seeds_of_one_setting_are_a_comparison(run, stand_in):
+    assert 'note: ' not in run('sweep.py', *GRID[:-1], '--n_embd=16', '--seeds=2').out
+
+
+def test_help_lists_each_setting_once(run):
+    names = [line.split()[0] for line in run('sweep.py', '--help').out.splitlines() if line.startswith('  --')]
+    assert '--out_dir' in names and len(names) == len(set(names))
+
+
 def test_every_combination_and_seed_is_a_row_with_the_columns_of_the_contract(run, stand_in):
     assert run('sweep.py', *GRID, '--dropout=0,0.1', '--seeds=2').status == 0
     found = rows()
