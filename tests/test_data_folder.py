@@ -365,7 +365,7 @@ def test_a_full_disk_leaves_the_old_dataset_and_no_temporary_file(folder, prepar
 
 
 def test_an_id_outside_the_vocabulary_is_never_written(folder):  # fault 32
-    chunks = [('train', np.array([70000], '<u4'), 1, 1), ('val', np.array([1]), 1, 1)]
+    chunks = [('train', np.array([1, 70000], '<u4'), 2, 2), ('val', np.array([1, 2]), 2, 2)]
     with pytest.raises(AssertionError, match='70000'):
         data_folder.write(folder, tokenizer.from_spec({'kind': 'byte'}), chunks)
     assert not contents(folder)
@@ -373,8 +373,8 @@ def test_an_id_outside_the_vocabulary_is_never_written(folder):  # fault 32
 
 @pytest.mark.parametrize('split', ['train', 'val'])
 def test_an_empty_split_is_never_written(folder, split):
-    chunks = [('train', np.array([1], '<u2'), 1, 1), ('val', np.array([1], '<u2'), 1, 1)]
-    with pytest.raises(UserError, match=f'the {split} split is empty: 1 characters'):
+    chunks = [(name, np.array([1, 2], '<u2'), 2, 2) for name in ('train', 'val')]
+    with pytest.raises(UserError, match=f'the {split} split is empty: 2 characters'):
         data_folder.write(folder, tokenizer.from_spec({'kind': 'byte'}), [c for c in chunks if c[0] != split])
     assert not contents(folder)
 
