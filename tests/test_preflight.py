@@ -56,7 +56,7 @@ def errors(run, *flags):
     (['--context_warmup=0.5', '--block_size=6'], 'context_warmup needs a block_size divisible by 4'),
     (['--n_embd=8', '--n_head=3'], 'n_embd=8 is not divisible by n_head=3'),  # 67
     (['--device=cuda'], 'no CUDA here; use --device=cpu'),  # 68
-    (['--device=gpu'], "device='gpu': expected cpu, mps, cuda or cuda:N"),
+    (['--device=gpu'], 'device=gpu: expected cpu, mps, cuda or cuda:N'),
     (['--dtype=float16'], 'dtype=float16 needs gradient scaling, which is available on CUDA only'),
     (['--optimizer=adam'], "optimizer must be one of adamw, muon; got 'adam'"),
     (['--eval_only=True'], 'eval_only needs a model'),
