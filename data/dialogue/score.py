@@ -75,7 +75,7 @@ def main(argv=None):
         by_length.setdefault(len(ids), []).append((f'{task:<9}{language}', question, truth, ids))
     print(f'asking {sum(map(len, by_length.values())):,} questions', flush=True)
     for group in log.progress(by_length.values(), len(by_length), 'lengths of questions'):
-        most = 2 + max(len(tok.encode(truth + marks['end'])) for _, _, truth, _ in group)  # longer ones are wrong
+        most = max(len((truth + marks['end']).encode()) for _, _, truth, _ in group)  # a token has at least one byte
         found = answers(model, tok, [ids for *_, ids in group], marks['end'], settings['device'], most)
         for (kind, question, truth, _), answer in zip(group, found, strict=True):
             asked[kind] += 1
