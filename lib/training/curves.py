@@ -103,8 +103,8 @@ def comparison_note(runs):
     if len({known for known in data.values() if known}) < 2:
         return ''
     if use_bits(runs):  # the tokens differ in any case; whether the texts do, the log does not tell
-        return (f'{", ".join(data)} have different tokenizers, so they are compared in bits per byte, which is right '
-                'only if their validation texts are the same')
+        return (f'{", ".join(data)} were evaluated on different validation data; bits per byte compare them only if '
+                'their validation texts are the same')
     return (f'{", ".join(data)} were evaluated on different validation data (another text or another tokenizer), so '
             'their losses in nats per token cannot be compared')
 
