@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 
 ENABLED = True  # False: always the plain formula
+ONEDNN = hasattr(torch.ops.mkldnn, '_linear_pointwise')  # False in builds of torch without oneDNN
 CHUNK = 2**24  # logits in memory at a time in linear_cross_entropy: 64 MiB in float32; on CUDA 8 times as many
 
 
@@ -22,21 +23,14 @@ def _fast(x):
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias): x (..., in), weight (out, in), bias (out,) or None; returns (..., out).
 
-    During generation a few rows multiply a large matrix, so memory bandwidth is the limit. MKL reads the matrix with
-    one thread; splitting it into several matrices lets all threads read (2x faster on two cores).
+    During generation a few rows multiply a large matrix, so memory bandwidth is the limit. F.linear calls MKL, which
+    reads the matrix with one thread; oneDNN reads it with all of them (1.5 to 3 times as fast on two cores).
     """
     n_rows = x.numel() // x.size(-1)
     few = 0 < n_rows <= 64 and weight.numel() >= 2**17 and x.dtype == torch.float32
-    if not few or not _fast(x) or torch.is_grad_enabled():
+    if not few or not ONEDNN or not _fast(x) or torch.is_grad_enabled():
         return F.linear(x, weight, bias)
-    n_parts = 2 * torch.get_num_threads()
-    remainder = len(weight) % n_parts
-    parts = weight[:len(weight) - remainder].view(n_parts, -1, x.size(-1)).mT  # (parts, in, out / parts)
-    y = torch.bmm(x.reshape(1, n_rows, -1).expand(n_parts, -1, -1), parts)  # (parts, rows, out / parts)
-    y = y.transpose(0, 1).reshape(*x.shape[:-1], -1)
-    if remainder:
-        y = torch.cat([y, F.linear(x, weight[-remainder:])], -1)
-    return y if bias is None else y + bias
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
 
 
 class CastTogetherFunction(torch.autograd.Function):

@@ -3,10 +3,12 @@
 On a GPU the model's small kernels take less time than their launches from Python, 150 per token of a GPT-2. A graph
 launches them together. It needs tensors of fixed shape and place, so the cache is attended to as a whole, with a mask.
 """
+import contextlib
 import math
 
 import torch
 
+from lib.machine.device import without_onednn
 from lib.machine.graph import Graph
 from model import GPT, KVCache
 
@@ -78,4 +80,6 @@ class Reader:
                 self.idx.copy_(idx)
                 logits, cache.pos = self.graph(), pos + 1  # a recording does not advance `pos`
                 return logits
-        return self.model(idx, cache=cache)[0]
+        one_row = idx.is_cpu and idx.numel() == 1 and self.model.dtype == torch.bfloat16
+        with without_onednn() if one_row else contextlib.nullcontext():
+            return self.model(idx, cache=cache)[0]

@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 import kernels
 from lib import decode
 from lib.generate import generate
+from lib.machine import device
 from lib.machine.graph import Graph
 from model import CHOICES, GPT, GPTConfig, KVCache
 
@@ -149,3 +150,24 @@ def test_a_compiled_model_and_other_devices_keep_the_cache_that_grows(tapes):
     assert type(decode.make_cache(model, 1, torch.float32)) is KVCache
     decode.DEVICES = ('cuda',)
     assert type(decode.make_cache(tiny(), 1, torch.float32)) is KVCache
+
+
+@pytest.mark.parametrize('dtype, num_samples, steps', [
+    (torch.bfloat16, 1, [True, False, False]),  # the prompt has many rows
+    (torch.bfloat16, 2, [True, True, True]),
+    (torch.float32, 1, [True, True, True])])
+def test_on_a_cpu_one_row_in_bfloat16_is_multiplied_without_onednn(dtype, num_samples, steps):
+    model = GPT(GPTConfig(block_size=16, vocab_size=16, n_layer=1, n_head=2, n_embd=16)).eval().to(dtype)
+    seen = []
+    model.register_forward_pre_hook(lambda *call: seen.append(torch.backends.mkldnn.enabled))
+    for _ in generate(model, [1, 2, 3], num_samples, 3):
+        assert torch.backends.mkldnn.enabled, 'off outside the model'
+    assert seen == steps
+
+
+def test_onednn_is_on_again_after_an_error():
+    with pytest.raises(ZeroDivisionError):
+        with device.without_onednn():
+            assert not torch.backends.mkldnn.enabled
+            raise ZeroDivisionError
+    assert torch.backends.mkldnn.enabled

@@ -15,26 +15,48 @@ def random(*shape, seed=1, dtype=torch.float32):
     return torch.randn(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize('n_out', [512, 517])  # 512 rows are the smallest matrix that is split
+@pytest.fixture
+def onednn_calls(monkeypatch):
+    """The numbers of rows that kernels.linear gives to oneDNN."""
+    if not kernels.ONEDNN:
+        pytest.skip('this torch has no oneDNN')
+    calls, product = [], torch.ops.mkldnn._linear_pointwise
+    monkeypatch.setattr(torch.ops.mkldnn, '_linear_pointwise',
+                        lambda x, *args: calls.append(x.numel() // x.size(-1)) or product(x, *args))
+    return calls
+
+
 @pytest.mark.parametrize('bias', [True, False])
-@pytest.mark.parametrize('n_rows, split', [(1, True), (64, True), (65, False)])
-def test_a_few_rows_times_a_large_matrix_use_every_thread(n_rows, split, bias, n_out, monkeypatch):
-    x, weight, calls, bmm = random(n_rows, 1, 256), random(n_out, 256, seed=2), [], torch.bmm
+@pytest.mark.parametrize('n_rows, used', [(1, True), (64, True), (65, False)])
+@pytest.mark.parametrize('n_out', [512, 517])
+def test_a_few_rows_times_a_large_matrix_use_every_thread(n_rows, used, bias, n_out, onednn_calls):
+    x, weight = random(n_rows, 1, 256), random(n_out, 256, seed=2)
     bias = random(n_out, seed=3) if bias else None
-    monkeypatch.setattr(torch, 'bmm', lambda *args: calls.append(1) or bmm(*args))
     with torch.no_grad():
         y = kernels.linear(x, weight, bias)
-    assert bool(calls) == split
+    assert onednn_calls == [n_rows] * used
+    assert y.shape == (n_rows, 1, n_out)
     torch.testing.assert_close(y, x @ weight.T + (0 if bias is None else bias), atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize('n_out, split', [(511, False), (512, True)])
-def test_a_small_matrix_is_not_split(n_out, split, monkeypatch):
-    calls, bmm = [], torch.bmm
-    monkeypatch.setattr(torch, 'bmm', lambda *args: calls.append(1) or bmm(*args))
+@pytest.mark.parametrize('n_out, used', [(511, False), (512, True)])
+def test_a_small_matrix_is_left_to_torch(n_out, used, onednn_calls):
     with torch.no_grad():
         kernels.linear(random(1, 256), random(n_out, 256))
-    assert bool(calls) == split
+    assert onednn_calls == [1] * used
+
+
+def test_a_product_that_needs_a_gradient_is_left_to_torch(onednn_calls):
+    kernels.linear(random(1, 256), random(512, 256).requires_grad_()).sum().backward()
+    assert not onednn_calls
+
+
+def test_a_build_without_onednn_multiplies_all_the_same(onednn_calls, monkeypatch):
+    monkeypatch.setattr(kernels, 'ONEDNN', False)
+    x, weight = random(1, 256), random(512, 256)
+    with torch.no_grad():
+        torch.testing.assert_close(kernels.linear(x, weight), x @ weight.T, atol=1e-4, rtol=1e-5)
+    assert not onednn_calls
 
 
 def test_no_rows_times_a_large_matrix_are_no_rows():

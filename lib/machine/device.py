@@ -15,6 +15,7 @@ except ImportError:  # Windows
 
 from lib.machine.cpus import physical_memory
 
+ONEDNN = torch.backends.mkldnn.enabled  # as without_onednn leaves it, whatever other threads are doing
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Peak of dense matrix products in TFLOP/s: (float16 and bfloat16 with float32 accumulation, float32). Sources: data
@@ -96,6 +97,16 @@ def without_cudnn_attention():
         yield
     finally:
         torch.backends.cuda.enable_cudnn_sdp(before)
+
+
+@contextlib.contextmanager
+def without_onednn():
+    """Keep oneDNN off in this block: it takes three times as long as torch to multiply a matrix by one bfloat16 row."""
+    torch.backends.mkldnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.enabled = ONEDNN
 
 
 def native_bf16():
