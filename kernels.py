@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 ENABLED = True  # False: always the plain formula
-ONEDNN = hasattr(torch.ops.mkldnn, '_linear_pointwise')  # False in builds of torch without oneDNN
+ONEDNN = torch.backends.mkl.is_available() and hasattr(torch.ops.mkldnn, '_linear_pointwise')  # see linear
 CHUNK = 2**24  # logits in memory at a time in linear_cross_entropy: 64 MiB in float32; on CUDA 8 times as many
 
 
@@ -23,8 +23,9 @@ def _fast(x):
 def linear(x, weight, bias=None):
     """F.linear(x, weight, bias): x (..., in), weight (out, in), bias (out,) or None; returns (..., out).
 
-    During generation a few rows multiply a large matrix, so memory bandwidth is the limit. F.linear calls MKL, which
-    reads the matrix with one thread; oneDNN reads it with all of them (1.5 to 3 times as fast on two cores).
+    During generation a few rows multiply a large matrix, so memory bandwidth is the limit. Where torch has MKL,
+    F.linear calls it, and it reads the matrix with one thread. oneDNN reads it with all of them (up to twice as fast on
+    two cores).
     """
     n_rows = x.numel() // x.size(-1)
     few = 0 < n_rows <= 64 and weight.numel() >= 2**17 and x.dtype == torch.float32

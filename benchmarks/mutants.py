@@ -255,7 +255,7 @@ def record(tree, name):
 def tests_of(name, lines, recorded):
     """Return {id: seconds} of the tests that execute one of the lines of a module.
 
-    First those of its own file, the first in TESTS, then the others, the fastest first. lines: None for a statement of
+    First those in its own test file, the first in TESTS, then the others, the fastest first. lines: None for a statement of
     the module itself, which runs at its import, before every test. All tests together take at most `budget` seconds.
     """
     own = f'tests/test_{TESTS[name][0]}.py'

@@ -5,7 +5,7 @@
 A table is between the lines `<!-- table FILE: NAME ... -->` and `<!-- end -->`. A name may end in *; `only QUANTITY`
 after the names leaves out the other quantities. The text between the two lines is replaced by the entries with these
 names, with their commands and machines. The row growth is also drawn, in growth.png, and the
-minutes_* runs in minutes.png.
+minutes_* runs of recipe.json in minutes.png.
 """
 import fnmatch
 import re
@@ -100,8 +100,8 @@ def draw_minutes(entries, path):
 def main():
     if entry := next(iter(chosen(DOCS / 'bench.json', ['growth*']).values()), None):
         draw_growth(entry, DOCS / 'growth.png')
-    if runs := chosen(DOCS / 'training.json', ['minutes_*']).values():
-        draw_minutes(sorted(runs, key=lambda run: run['histories']['ours'][0][-1][0]), DOCS / 'minutes.png')
+    if runs := chosen(DOCS / 'recipe.json', ['minutes_*']).values():
+        draw_minutes(sorted(runs, key=lambda run: next(iter(run['histories'].values()))[0][-1][0]), DOCS / 'minutes.png')
     for page in (DOCS / 'results.md', DOCS / 'experiments.md'):
         page.write_text(fill(page.read_text(encoding='utf-8'), DOCS), encoding='utf-8')
         print(f'{page} is up to date')

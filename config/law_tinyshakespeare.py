@@ -18,7 +18,7 @@ gradient_accumulation_steps = 1
 dropout = 0.0
 bias = False
 
-# architecture and optimizer as in config/train_shakespeare_char.py on a CPU
+# the architecture and the rates of config/train_shakespeare_char.py on a CPU, without its window and epoch_decay
 pos = 'rope'
 norm = 'rmsnorm'
 mlp = 'relu2'

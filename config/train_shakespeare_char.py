@@ -1,7 +1,7 @@
 """Shakespeare in characters. Prepare the text with `python data/shakespeare_char/prepare.py`.
 
 On an NVIDIA GPU this is nanoGPT's baby GPT. Elsewhere it is a smaller model that trains for three minutes.
-With `--max_minutes=1` or less it is smaller still, with `--max_minutes=10` or `30` it is larger.
+With `--max_minutes=1` or less it is smaller still, with 10 or more it is larger, and with 30 or more larger again.
 """
 out_dir = 'out-shakespeare-char'
 dataset = 'shakespeare_char'
@@ -60,14 +60,10 @@ if not device.startswith('cuda') and max_minutes <= 1:
     n_embd = 96  # a smaller model reads more text in so little time
 
 if not device.startswith('cuda') and max_minutes >= 10:
-    n_embd = 192  # there is time for a larger model
-    n_head = 3
+    n_embd = 192 if max_minutes < 30 else 256  # there is time for a larger model
+    n_head = max(1, n_embd // 64)  # heads of 64 channels, as in the smaller one
     muon_lr = 0.01  # it needs lower rates
     learning_rate = 0.006
     cooldown_frac = 1.0  # which fall from the beginning
     epoch_decay = 0.4  # and a larger model needs more decay
     context_warmup = 0.2
-
-if not device.startswith('cuda') and max_minutes >= 30:
-    n_embd = 256
-    n_head = 4

@@ -22,7 +22,7 @@ def load(path):
 
 
 def trained_part(state):
-    """Return what must be equal in two runs of the same training; the rest tells of time and of evaluations."""
+    """Return what must be equal in two runs of the same training; the rest holds times and evaluations."""
     return {key: state[key] for key in ('model', 'optimizer', 'iter_num', 'rng', 'tokens_seen', 'scaler', 'data')}
 
 

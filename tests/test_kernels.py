@@ -51,12 +51,21 @@ def test_a_product_that_needs_a_gradient_is_left_to_torch(onednn_calls):
     assert not onednn_calls
 
 
-def test_a_build_without_onednn_multiplies_all_the_same(onednn_calls, monkeypatch):
-    monkeypatch.setattr(kernels, 'ONEDNN', False)
+def test_a_product_in_bfloat16_is_left_to_torch(onednn_calls):
+    with torch.no_grad():
+        kernels.linear(random(1, 256, dtype=torch.bfloat16), random(512, 256, dtype=torch.bfloat16))
+    assert not onednn_calls
+
+
+@pytest.mark.parametrize('name', ['ONEDNN', 'ENABLED'])
+def test_without_onednn_or_fast_forms_a_few_rows_are_left_to_torch(name, monkeypatch):
+    calls = []
+    monkeypatch.setattr(kernels, name, False)
+    monkeypatch.setattr(torch.ops.mkldnn, '_linear_pointwise', lambda *args: calls.append(args), raising=False)
     x, weight = random(1, 256), random(512, 256)
     with torch.no_grad():
         torch.testing.assert_close(kernels.linear(x, weight), x @ weight.T, atol=1e-4, rtol=1e-5)
-    assert not onednn_calls
+    assert not calls
 
 
 def test_no_rows_times_a_large_matrix_are_no_rows():

@@ -395,7 +395,7 @@ class Waiting(GPT):
 
 
 def choose(seconds, chosen=-1):
-    """Return (the choice, torch's threads after it, what was printed); seconds: {threads: seconds of a step}."""
+    """Return (the choice, torch's threads after it, the printed lines); seconds: {threads: seconds of a step}."""
     said, rt = [], Runtime(torch.device('cpu'), torch.float32, False, '')
     model, idx = Waiting(GPTConfig(8, 8, 1, 1, 8)), torch.zeros(2, 8, dtype=torch.long)
     model.seconds = seconds

@@ -15,7 +15,7 @@ except ImportError:  # Windows
 
 from lib.machine.cpus import physical_memory
 
-ONEDNN = torch.backends.mkldnn.enabled  # as without_onednn leaves it, whatever other threads are doing
+ONEDNN = torch.backends.mkldnn.enabled  # what without_onednn restores; another thread may have switched it off
 DTYPES = {'float32': torch.float32, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
 # Peak of dense matrix products in TFLOP/s: (float16 and bfloat16 with float32 accumulation, float32). Sources: data
@@ -101,7 +101,10 @@ def without_cudnn_attention():
 
 @contextlib.contextmanager
 def without_onednn():
-    """Keep oneDNN off in this block: it takes three times as long as torch to multiply a matrix by one bfloat16 row."""
+    """Keep oneDNN off, in the whole process, while this block runs.
+
+    It packs a bfloat16 matrix anew for each product. For a single row torch's own loop takes a third of the time.
+    """
     torch.backends.mkldnn.enabled = False
     try:
         yield
