@@ -39,7 +39,7 @@ top_p = 1.0  # sample from the smallest set of tokens with this total probabilit
 min_p = 0.0  # sample from the tokens at least this fraction as likely as the most likely one; 0 = off
 repetition_penalty = 1.0  # above 1 avoids tokens that occurred, 1.1 to 1.3 is usual; 1 = off
 no_repeat_ngram = 0  # no sequence of this many tokens occurs twice; 0 = off
-seed = 1337  # the same seed gives the same samples; more samples leave the first ones as they are, but for rounding
+seed = 1337  # the same seed gives the same samples; more samples leave the first ones unchanged, but for rounding
 
 # machine
 device = 'auto'  # cpu | cuda | cuda:1 | mps; the best available unless given

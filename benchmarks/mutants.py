@@ -255,8 +255,9 @@ def record(tree, name):
 def tests_of(name, lines, recorded):
     """Return {id: seconds} of the tests that execute one of the lines of a module.
 
-    First those in its own test file, the first in TESTS, then the others, the fastest first. lines: None for a statement of
-    the module itself, which runs at its import, before every test. All tests together take at most `budget` seconds.
+    First those in its own test file, the first in TESTS, then the others, the fastest first. lines: None for a
+    statement of the module itself, which runs at its import, before every test. All tests together take at most
+    `budget` seconds.
     """
     own = f'tests/test_{TESTS[name][0]}.py'
     chosen = sorted((not id.startswith(own), seconds, id) for id, (seconds, ran) in recorded.items()

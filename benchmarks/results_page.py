@@ -101,7 +101,9 @@ def main():
     if entry := next(iter(chosen(DOCS / 'bench.json', ['growth*']).values()), None):
         draw_growth(entry, DOCS / 'growth.png')
     if runs := chosen(DOCS / 'recipe.json', ['minutes_*']).values():
-        draw_minutes(sorted(runs, key=lambda run: next(iter(run['histories'].values()))[0][-1][0]), DOCS / 'minutes.png')
+        def seconds(run):
+            return next(iter(run['histories'].values()))[0][-1][0]
+        draw_minutes(sorted(runs, key=seconds), DOCS / 'minutes.png')
     for page in (DOCS / 'results.md', DOCS / 'experiments.md'):
         page.write_text(fill(page.read_text(encoding='utf-8'), DOCS), encoding='utf-8')
         print(f'{page} is up to date')
