@@ -60,10 +60,14 @@ if not device.startswith('cuda') and max_minutes <= 1:
     n_embd = 96  # a smaller model reads more text in so little time
 
 if not device.startswith('cuda') and max_minutes >= 10:
-    n_embd = 192 if max_minutes < 30 else 256  # there is time for a larger model
-    n_head = max(1, n_embd // 64)  # heads of 64 channels, as in the smaller one
+    n_embd = 192  # there is time for a larger model
+    n_head = n_embd // 64  # heads of 64 channels, as in the smaller one
     muon_lr = 0.01  # it needs lower rates
     learning_rate = 0.006
     cooldown_frac = 1.0  # which fall from the beginning
     epoch_decay = 0.4  # and a larger model needs more decay
     context_warmup = 0.2
+
+if not device.startswith('cuda') and max_minutes >= 30:
+    n_embd = 256
+    n_head = n_embd // 64

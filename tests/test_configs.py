@@ -11,6 +11,7 @@ CONFIGS = sorted(p.name for p in (REPO / 'config').glob('*.py'))
 # what a config may ask: is there an NVIDIA GPU, how much time is there, and what the config before it has set
 CONDITIONS = {"not device.startswith('cuda')", "not device.startswith('cuda') and max_minutes <= 1",
               "not device.startswith('cuda') and max_minutes >= 10",
+              "not device.startswith('cuda') and max_minutes >= 30",
               'n_embd < 768', 'window'}
 RECIPE_START, RECIPE_END = '# The recipe for small models without a GPU', 'context_warmup = 0.6'
 
