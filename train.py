@@ -321,7 +321,7 @@ def main(signals):
                 say(f'nothing left to do at iter {p.iter_num}: to train longer raise --max_iters, --max_minutes or '
                     '--patience, whichever ended the run')
 
-            # once in a while, by the clock at most once in an eighth of the run: evaluate, sample, save
+            # once in a while, with max_minutes at most once in an eighth of the run: evaluate, sample, save
             due = p.iter_num % eval_interval == 0 or (by_clock and max(len(p.history), eighth + 1) <= int(8 * fraction))
             ending = signal > 1  # save at once, without an evaluation: a cluster may not wait
             if (due or last) and not evaluated and not ending:

@@ -73,6 +73,11 @@ def draw_growth(entry, path):
     fig.savefig(path, dpi=90)
 
 
+def seconds(entry):
+    """Return how long the first run of an entry took, in seconds."""
+    return next(iter(entry['histories'].values()))[0][-1][0]
+
+
 def draw_minutes(entries, path):
     """Draw the validation loss over the seconds since the command started, one line for each seed of each entry."""
     from matplotlib.figure import Figure
@@ -101,8 +106,6 @@ def main():
     if entry := next(iter(chosen(DOCS / 'bench.json', ['growth*']).values()), None):
         draw_growth(entry, DOCS / 'growth.png')
     if runs := chosen(DOCS / 'recipe.json', ['minutes_*']).values():
-        def seconds(run):
-            return next(iter(run['histories'].values()))[0][-1][0]
         draw_minutes(sorted(runs, key=seconds), DOCS / 'minutes.png')
     for page in (DOCS / 'results.md', DOCS / 'experiments.md'):
         page.write_text(fill(page.read_text(encoding='utf-8'), DOCS), encoding='utf-8')
